@@ -1,0 +1,338 @@
+"""`ExecutionClient`: the host's handle on one kernel. Requests out, events in, one cell at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
+
+from actbox import sessions
+from actbox.errors import (
+    ConnectionError,
+    InvalidArgument,
+    ProtocolError,
+    SandboxUnavailable,
+    StateError,
+)
+from actbox.events import (
+    Died,
+    Error,
+    Failed,
+    Finished,
+    Interrupted,
+    Lost,
+    Outcome,
+    TimedOut,
+)
+from actbox.execution import Execution, check_timeout
+from actbox.protocol import frames, messages
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from actbox.result import ExecutionResult
+    from actbox.sessions import Exit, Session
+
+DEFAULT_GRACE = 2.0
+_MAX_CODE = 16 << 20
+# How long the end of a kernel that was killed, or closed its stream, may take to be known.
+_EXIT_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class _Stop:
+    """Why a running cell is being ended, and the timer that will kill its kernel."""
+
+    why: Literal["interrupt", "timeout"]
+    timeout: float
+    timer: asyncio.TimerHandle | None = None
+
+
+class ExecutionClient:
+    """A stateful IPython session in a running container: made on entering the context, destroyed on leaving it.
+
+    Cells run in the order in which they were submitted. One client belongs to one event loop; its methods may be
+    called by any number of that loop's tasks.
+
+    Args:
+        port: the container's `port`.
+        host: where the container runs.
+        heartbeat_interval: seconds between signs of life over TCP. A client in the container's own process needs
+            none: its stream ends with the kernel.
+        token: the container's `token`; needed only in another process than the container's.
+        interrupt_grace: seconds that an interrupted cell may take to end before its kernel is killed.
+
+    State: `_queue`, the executions to be run, the first one running; `_runner`, the task that runs them; `_session`,
+    the kernel, None before the first and after a death; `_deaths`, whether the next cell begins without its state;
+    `_stops`, why the running execution is being ended; `_cell`, the number of the last cell sent.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        host: str = "localhost",
+        heartbeat_interval: float = 10,
+        *,
+        token: str | None = None,
+        interrupt_grace: float = DEFAULT_GRACE,
+    ) -> None:
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16:
+            raise InvalidArgument("port", port, "pass the port of a running container")
+        check_timeout(heartbeat_interval)
+        check_timeout(interrupt_grace)
+        self.port = port
+        self.host = host
+        self._heartbeat = heartbeat_interval
+        self._token = token
+        self._grace = interrupt_grace
+        self._session: Session | None = None
+        self._connected = False
+        self._lost_state = False
+        self._queue: deque[Execution] = deque()
+        self._runner: asyncio.Task[None] | None = None
+        self._stops: dict[int, _Stop] = {}
+        self._running_cell = 0
+        self._cell = 0
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.disconnect()
+
+    def __repr__(self) -> str:
+        state = "connected" if self._connected else "not connected"
+        return f"<{type(self).__name__} {self.host}:{self.port}, {state}, {len(self._queue)} cells>"
+
+    async def connect(self) -> None:
+        """Create a kernel and connect to it.
+
+        Raises:
+            ConnectionError: no container answers, or it refuses.
+            SandboxUnavailable: the session's boundary cannot be built.
+            StateError: already connected.
+        """
+        if self._connected:
+            raise StateError("this client is connected already")
+        self._session = await self._open()
+        self._connected = True
+
+    async def disconnect(self) -> None:
+        """Destroy the kernel; a cell that still runs ends as lost. Bounded in time; may be called again."""
+        self._connected = False
+        session, self._session = self._session, None
+        runner, self._runner = self._runner, None
+        closing = asyncio.ensure_future(self._shut_down(session, runner))
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await closing
+            raise
+
+    async def _shut_down(self, session: Session | None, runner: asyncio.Task[None] | None) -> None:
+        if session is not None:
+            await session.close()
+        if runner is not None:
+            runner.cancel()
+            await asyncio.wait([runner])
+        while self._queue:
+            self._queue.popleft().end(Lost("the client was disconnected"))
+
+    async def execute(self, code: str, timeout: float = 120) -> ExecutionResult:
+        """Run a cell and wait for its result; arguments and errors are those of `submit` and `Execution.result`."""
+        check_timeout(timeout)
+        execution = await self.submit(code)
+        return await execution.result(timeout)
+
+    async def submit(self, code: str) -> Execution:
+        """Put a cell behind those submitted before; returns at once.
+
+        Raises:
+            InvalidArgument: `code` is no string, or longer than 16 MiB.
+            StateError: not connected.
+        """
+        if not isinstance(code, str):
+            raise InvalidArgument("code", code, "pass the cell's source as a string")
+        if len(code) > _MAX_CODE:
+            raise InvalidArgument("code", f"{len(code)} characters", f"a cell has at most {_MAX_CODE} characters")
+        if not self._connected:
+            raise StateError("this client is not connected: use `async with`, or await connect()")
+        execution = Execution(self, code, self.keep_image)
+        self._queue.append(execution)
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._run_queue())
+        return execution
+
+    # -- for subclasses ------------------------------------------------------------------------------------------
+
+    @property
+    def session_key(self) -> str | None:
+        """The key that the session is opened with."""
+        return None
+
+    def keep_image(self, data: bytes, mime_type: str) -> Path | None:  # noqa: ARG002 - for subclasses
+        """Save an image and say where; called in a worker thread. This class saves none."""
+        return None
+
+    async def note_end(self, execution: Execution) -> None:
+        """Called once for every execution that ran, after its outcome is known."""
+
+    # -- running cells -------------------------------------------------------------------------------------------
+
+    async def _open(self) -> Session:
+        return await sessions.connect(
+            self.port, self.host, key=self.session_key, token=self._token, heartbeat=self._heartbeat
+        )
+
+    async def _run_queue(self) -> None:
+        while self._queue:
+            execution = self._queue[0]
+            outcome: Outcome = Lost("the client was disconnected")
+            try:
+                outcome = await self._run(execution)
+            finally:
+                stop = self._stops.pop(id(execution), None)
+                if stop is not None and stop.timer is not None:
+                    stop.timer.cancel()
+                self._running_cell = 0
+                if self._queue and self._queue[0] is execution:
+                    self._queue.popleft()
+                execution.end(outcome)
+            await self.note_end(execution)
+
+    async def _run(self, execution: Execution) -> Outcome:
+        for attempt in range(2):
+            try:
+                session = await self._live_session()
+            except (ConnectionError, SandboxUnavailable, ProtocolError) as exc:
+                return Lost(f"no kernel could be had ({exc})")
+            stop = self._stops.get(id(execution))
+            if stop is not None:
+                return _not_started(stop)
+            execution.begin(session.limits, restarted=self._lost_state)
+            self._lost_state = False
+            self._cell += 1
+            self._running_cell = self._cell
+            outcome = await self._run_in(execution, session, self._cell)
+            if outcome is not None:
+                return outcome
+            # The kernel was gone before it began the cell: nothing has run, a fresh one can take it.
+            if attempt:
+                break
+        return Died(reason="fresh kernels end before they begin a cell")
+
+    async def _live_session(self) -> Session:
+        session = self._session
+        if session is not None and not session.ended:
+            return session
+        if session is not None:
+            await session.close()
+            self._session = None
+            self._lost_state = True
+        self._session = await self._open()
+        return self._session
+
+    async def _run_in(self, execution: Execution, session: Session, cell: int) -> Outcome | None:
+        """Send the cell and follow it to its end; None if the kernel was gone before it began."""
+        begun = False
+        try:
+            code = execution.code.encode("utf-8", "surrogatepass")
+            await session.send({"type": "execute", "id": cell}, code)
+            while (frame := await session.receive()) is not None:
+                message = messages.decode(frame)
+                match message:
+                    case messages.Busy(number) if number == cell and not begun:
+                        begun = True
+                    case messages.Reply(number, status, count) if number == cell and begun:
+                        return self._ending(execution, status, count)
+                    case messages.Busy() | messages.Reply() | messages.Ready() | messages.SetupFailed():
+                        raise ProtocolError(f"the kernel sent a {type(message).__name__} out of turn")
+                    case _ if begun:
+                        await execution.take(message)
+                    case _:
+                        raise ProtocolError("the kernel sent output before it began the cell")
+        except ProtocolError as exc:
+            await self._drop(session)
+            return Lost(f"the session was ended, its guest broke the rules of the wire: {exc}", violation=True)
+        except (OSError, frames.FrameError):
+            # The stream ended while it was written to.
+            pass
+        return await self._after_end(execution, session, begun=begun)
+
+    def _ending(self, execution: Execution, status: str, count: int) -> Outcome:
+        stop = self._stops.get(id(execution))
+        error = execution.fold.error if execution.fold is not None else None
+        if stop is not None and stop.why == "timeout":
+            return TimedOut(stop.timeout, state_kept=True)
+        if stop is not None and status == "interrupted":
+            return Interrupted(state_kept=True, error=error)
+        if status == "ok":
+            return Finished(count)
+        return Failed(error or Error("KeyboardInterrupt" if status == "interrupted" else "Error", "", ""), count)
+
+    async def _after_end(self, execution: Execution, session: Session, *, begun: bool) -> Outcome | None:
+        exit_ = await session.exited(_EXIT_SECONDS / 5)
+        if exit_ is None:
+            # The kernel closed its stream but lives on: it is of no more use.
+            session.kill()
+            exit_ = await session.exited(_EXIT_SECONDS)
+        await self._drop(session)
+        stop = self._stops.get(id(execution))
+        if exit_ is not None and exit_.gone:
+            return Lost("the container is gone")
+        if stop is not None:
+            if stop.why == "timeout":
+                return TimedOut(stop.timeout, state_kept=False)
+            return Interrupted(state_kept=False)
+        if not begun:
+            return None
+        return _death(exit_)
+
+    async def _drop(self, session: Session) -> None:
+        """The session is of no more use; the next cell gets another, and is told so."""
+        if self._session is session:
+            self._session = None
+            self._lost_state = True
+        await session.close()
+
+    # -- ending cells --------------------------------------------------------------------------------------------
+
+    def stop(self, execution: Execution, why: Literal["interrupt", "timeout"], timeout: float = 0.0) -> None:
+        """End a cell: an interrupt first, and the kernel's death if that does not help. Returns at once."""
+        if execution.outcome is not None or id(execution) in self._stops:
+            return
+        if execution not in self._queue:
+            return
+        if execution is not self._queue[0]:
+            self._queue.remove(execution)
+            execution.end(_not_started(_Stop(why, timeout)))
+            return
+        stop = _Stop(why, timeout)
+        self._stops[id(execution)] = stop
+        execution.release()
+        session = self._session
+        if session is not None and self._running_cell:
+            session.interrupt(self._running_cell)
+            stop.timer = asyncio.get_running_loop().call_later(self._grace, session.kill)
+
+
+def _not_started(stop: _Stop) -> Outcome:
+    if stop.why == "timeout":
+        return TimedOut(stop.timeout, state_kept=True, started=False)
+    return Interrupted(state_kept=True, started=False)
+
+
+def _death(exit_: Exit | None) -> Died:
+    if exit_ is None or exit_.status is None:
+        return Died(reason="it closed its stream, or could not be followed, and was killed")
+    if os.WIFSIGNALED(exit_.status):
+        return Died(signal=os.WTERMSIG(exit_.status), memory_limit=exit_.memory_limit)
+    return Died(exit_code=os.waitstatus_to_exitcode(exit_.status))
+
+

@@ -1,0 +1,455 @@
+"""`ExecutionContainer`: an engine's boundary, a supervisor, and a port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from actbox import engines, sessions
+from actbox.errors import (
+    ConnectionError,
+    InvalidArgument,
+    PortInUse,
+    SandboxUnavailable,
+    StateError,
+    WorkspaceError,
+)
+from actbox.gateway import Gateway
+from actbox.link import Link
+from actbox.sessions import Exit
+from actbox.spec import DEFAULT_TAG, Bind, ContainerSpec, Limits, check_key, make_binds
+from actbox.supervision import NestingRefused, Supervision
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from actbox.engines.base import Boundary, Engine
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PRELOAD = ("numpy", "pandas", "matplotlib.pyplot", "matplotlib_inline.backend_inline")
+_EXIT_SECONDS = 5.0
+
+
+class ExecutionContainer:
+    """A sandbox that holds any number of sessions, each isolated from the host and from the others.
+
+    Args:
+        tag: the environment inside: "default" is the one actbox is installed in; others are made by `actbox build`.
+        binds: host folders shown inside, as {host path: path below /app}; made when missing, writable unless listed
+            in `readonly`. A session without a key sees all of them.
+        env: variables of every session's `os.environ`. Nothing else of the host's environment gets in.
+        port: TCP port on 127.0.0.1 where other processes reach this container with its `token`; None for a free one.
+        show_pull_progress: say on standard error what is being waited for, when starting takes long.
+        engine: "auto" or "bubblewrap".
+        limits: bounds on each session.
+        network: None, the only value: there is no network inside.
+        preload: modules imported once, before sessions are forked; None for numpy, pandas and matplotlib as far as
+            the environment has them. A module's threads and open files do not survive the fork.
+        readonly: targets of `binds` that may not be written inside.
+
+    Raises:
+        InvalidArgument: an argument that cannot be used; nothing was started.
+
+    State: `_boundary` and `_supervision`, from `run` to `kill` (in a container of separate sandboxes there is none);
+    `_gateway`; `_sessions`, the open ones; `_separate`, why every session gets a sandbox of its own, if so.
+    """
+
+    def __init__(
+        self,
+        tag: str = DEFAULT_TAG,
+        binds: Mapping[str, str] | None = None,
+        env: Mapping[str, str] | None = None,
+        port: int | None = None,
+        show_pull_progress: bool = True,  # noqa: FBT001, FBT002 - the ancestor's signature
+        *,
+        engine: str = "auto",
+        limits: Limits | None = None,
+        network: None = None,
+        preload: Collection[str] | None = None,
+        readonly: Collection[str] = (),
+    ) -> None:
+        if network is not None:
+            raise InvalidArgument("network", network, "sessions have no network; pass None")
+        if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16):
+            raise InvalidArgument("port", port, "pass a TCP port from 1 to 65535, or None for a free one")
+        self._engine: Engine = engines.select(engine)
+        self._preload_chosen = preload is not None
+        self._spec = ContainerSpec(
+            tag=tag,
+            binds=self._make_binds(binds, readonly),
+            env=dict(env or {}),
+            limits=limits or Limits(),
+            preload=tuple(DEFAULT_PRELOAD if preload is None else preload),
+        )
+        self._asked_port = port
+        self._show_progress = show_pull_progress
+        self._token = secrets.token_urlsafe(32)
+        self._boundary: Boundary | None = None
+        self._supervision: Supervision | None = None
+        self._gateway: Gateway | None = None
+        self._sessions: set[_LocalSession] = set()
+        self._separate: NestingRefused | None = None
+        self._state = "new"
+
+    def _make_binds(self, binds: Mapping[str, str] | None, readonly: Collection[str]) -> tuple[Bind, ...]:
+        return make_binds(binds, readonly)
+
+    async def __aenter__(self) -> Self:
+        await self.run()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.kill()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._spec.tag!r}, {self._state}, {len(self._sessions)} sessions>"
+
+    @property
+    def port(self) -> int:
+        """The TCP port on 127.0.0.1.
+
+        Raises:
+            StateError: the container is not running.
+        """
+        return self._running().port
+
+    @property
+    def token(self) -> str:
+        """What a client in another process must show at `port`."""
+        return self._token
+
+    @property
+    def limits(self) -> Limits:
+        """The bounds on each session."""
+        return self._spec.limits
+
+    @property
+    def isolation(self) -> str:
+        """How sessions are kept apart.
+
+        "nested namespaces", or "one sandbox per session" where the machine does not let a sandbox hold others: then
+        each session starts a sandbox of its own, in about the time of a container start.
+        """
+        return "one sandbox per session" if self._separate else "nested namespaces"
+
+    async def run(self) -> None:
+        """Start the container.
+
+        Raises:
+            SandboxUnavailable: the boundary cannot be built here; names the missing layer. Nothing was run.
+            EnvironmentNotFound: nobody built this tag.
+            PortInUse: the port asked for is taken.
+            WorkspaceError: a bound folder cannot be used.
+            StateError: it was started before.
+        """
+        if self._state != "new":
+            raise StateError(f"this container is {self._state}: make another one")
+        self._state = "starting"
+        try:
+            # Bound first: a port that is taken is known at once, and is held from then on.
+            listener = _bind(self._asked_port)
+            self._gateway = Gateway(listener, self)
+            await asyncio.to_thread(self.prepare_folders)
+            await self._start_supervisor()
+            await self._gateway.start()
+        except BaseException:
+            await self.kill()
+            raise
+        self._state = "running"
+        sessions.open_door(self.port, self)
+
+    async def kill(self) -> None:
+        """End the container and everything in it. Bounded in time; may be called again."""
+        if self._state in ("closed", "closing"):
+            return
+        self._state = "closing"
+        closing = asyncio.ensure_future(self._shut_down())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await closing
+            raise
+
+    async def _shut_down(self) -> None:
+        try:
+            if self._gateway is not None:
+                with contextlib.suppress(StateError):
+                    sessions.close_door(self._gateway.port, self)
+                await self._gateway.close()
+            for session in list(self._sessions):
+                session.container_gone()
+            await asyncio.gather(*(session.close() for session in list(self._sessions)), return_exceptions=True)
+            if self._supervision is not None:
+                self._supervision.stop()
+            if self._boundary is not None:
+                await self._boundary.close()
+        finally:
+            self._boundary = self._supervision = None
+            self._state = "closed"
+
+    async def warmed(self) -> None:
+        """Wait until the libraries of `preload` are loaded; sessions opened before that import them themselves."""
+        self._running()
+        if self._supervision is not None:
+            await self._supervision.warmed()
+
+    # -- for subclasses ------------------------------------------------------------------------------------------
+
+    def prepare_folders(self) -> None:
+        """Make the host folders of the binds that are missing.
+
+        Raises:
+            WorkspaceError: one is no folder, or cannot be made.
+        """
+        for bind in self._spec.binds:
+            try:
+                Path(bind.source).mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise WorkspaceError(bind.source, f"cannot be made a folder: {exc.strerror}") from exc
+
+    def prepare_key(self, key: str) -> None:
+        """Make the host folders of a session's key that are missing."""
+        raise InvalidArgument("key", key, "this container has no workspace: use CodeExecutionContainer")
+
+    # -- sessions ------------------------------------------------------------------------------------------------
+
+    async def open_session(self, key: str | None) -> sessions.Session:
+        """A session in a fresh kernel; called by clients through the door.
+
+        Raises:
+            StateError: the container is not running.
+            InvalidKey: the key cannot be used.
+            ConnectionError: no kernel could be had.
+            SandboxUnavailable: the session's boundary cannot be built.
+        """
+        if self._state not in ("running", "starting"):
+            raise ConnectionError(f"the container is {self._state}")
+        if key is not None:
+            check_key(key)
+            await asyncio.to_thread(self.prepare_key, key)
+        if self._separate is not None:
+            boundary, supervision = await self._start_separate(key)
+        else:
+            boundary, supervision = None, self._supervision
+            if supervision is None:
+                raise ConnectionError("the container is gone")
+        session = _LocalSession(self._spec.limits, supervision, boundary, self._sessions.discard)
+        self._sessions.add(session)
+        try:
+            await session.start(self._session_config(key))
+        except BaseException:
+            await session.close()
+            raise
+        return session
+
+    def _session_config(self, key: str | None) -> dict[str, Any]:
+        skills: list[str] = []
+        cwd = "/app"
+        for bind in self._spec.binds:
+            if bind.per_key and key is not None:
+                cwd = f"{bind.target}/{key}"
+                skills.append(cwd)
+            elif not bind.per_key and bind.target.parts[2:3] == ("skills",):
+                skills.append(str(bind.target))
+        skills.sort(key=lambda path: path == cwd)
+        return {
+            "key": key,
+            "env": dict(self._spec.env),
+            "limits": asdict(self._spec.limits),
+            "cwd": cwd,
+            "skills": skills or ["/app"],
+        }
+
+    async def _start_supervisor(self) -> None:
+        preload = await asyncio.to_thread(self._choose_preload)
+        self._spec = ContainerSpec(self._spec.tag, self._spec.binds, self._spec.env, self._spec.limits, preload)
+        try:
+            self._boundary, self._supervision = await self._start_boundary(nested=True, key=None)
+        except NestingRefused as exc:
+            self._separate = exc
+            logger.warning(
+                "This machine does not let a sandbox hold others (%s): every session gets a sandbox of its own, "
+                "and starts more slowly.",
+                exc,
+            )
+            # What cannot be built for a session must be known now, not at its first cell.
+            boundary, supervision = await self._start_boundary(nested=False, key=None, probe=True)
+            supervision.stop()
+            await boundary.close()
+
+    async def _start_separate(self, key: str | None) -> tuple[Boundary, Supervision]:
+        return await self._start_boundary(nested=False, key=key)
+
+    async def _start_boundary(
+        self, *, nested: bool, key: str | None, probe: bool = False
+    ) -> tuple[Boundary, Supervision]:
+        progress: Callable[[str], None] = _say if self._show_progress else logger.info
+        boundary = await self._engine.start(self._spec, nested=nested, key=key, progress=progress)
+        supervision = Supervision(boundary, self._supervisor_gone if nested else _nothing)
+        binds = [
+            {"target": str(bind.target), "readonly": bind.readonly, "per_key": bind.per_key}
+            for bind in self._spec.binds
+        ]
+        try:
+            await supervision.start(binds, () if probe else self._spec.preload)
+        except ConnectionError as exc:
+            supervision.stop()
+            complaint = boundary.complaint()
+            await boundary.close()
+            if complaint:
+                raise engines.explain(complaint) from exc
+            raise SandboxUnavailable("supervisor", str(exc), "Run `actbox doctor`.") from exc
+        except BaseException:
+            supervision.stop()
+            await boundary.close()
+            raise
+        return boundary, supervision
+
+    def _choose_preload(self) -> tuple[str, ...]:
+        if self._preload_chosen:
+            return self._spec.preload
+        return engines.available(self._spec.tag, self._spec.preload)
+
+    def _supervisor_gone(self) -> None:
+        """The sandbox ended by itself: every session is lost, and no new one can be had."""
+        if self._state == "running":
+            self._state = "gone"
+            if self._gateway is not None:
+                sessions.close_door(self._gateway.port, self)
+
+    def _running(self) -> Gateway:
+        if self._gateway is None or self._state not in ("running", "gone"):
+            raise StateError(f"this container is {self._state}: use `async with`, or await run()")
+        return self._gateway
+
+
+class _LocalSession:
+    """A session of a container in this process: a socket straight to the kernel.
+
+    State: `_link`; `_number`, the supervisor's number for it; `_exit`, set once; in a sandbox of its own also that
+    sandbox, closed with the session. The exit is told in the supervisor's loop and waited for in the client's.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        supervision: Supervision,
+        boundary: Boundary | None,
+        forget: Callable[[_LocalSession], None],
+    ) -> None:
+        self.limits = limits
+        self._supervision = supervision
+        self._own_boundary = boundary
+        self._forget = forget
+        self._loop = asyncio.get_running_loop()
+        self._link: Link | None = None
+        self._number: int | None = None
+        self._exit: Exit | None = None
+        self._exited = asyncio.Event()
+
+    async def start(self, config: dict[str, Any]) -> None:
+        """Have the kernel forked, and wait until it is ready."""
+        import json
+
+        host, guest = socket.socketpair()
+        with guest:
+            try:
+                self._number = self._supervision.ask_session(guest, self._note_exit)
+            except BaseException:
+                host.close()
+                raise
+        self._link = await Link.over(host)
+        with contextlib.suppress(OSError):
+            await self._link.send({"type": "start"}, json.dumps(config).encode())
+        await sessions.wait_ready(self._link.receive, self._how_it_ended)
+
+    async def _how_it_ended(self) -> str:
+        exit_ = await self.exited(_EXIT_SECONDS / 5)
+        if exit_ is not None and exit_.gone:
+            return ": the container is gone"
+        return f" (wait status {exit_.status})" if exit_ is not None else ""
+
+    async def receive(self) -> Any:
+        return await self._link.receive() if self._link is not None else None
+
+    async def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
+        if self._link is None:
+            raise ConnectionResetError("the session was not started")
+        await self._link.send(header, payload)
+
+    @property
+    def ended(self) -> bool:
+        return self._link is None or self._link.ended or self._exit is not None
+
+    def interrupt(self, cell: int) -> None:
+        if self._number is not None:
+            self._supervision.interrupt(self._number, cell)
+
+    def kill(self) -> None:
+        if self._number is not None:
+            self._supervision.kill(self._number)
+
+    async def exited(self, timeout: float) -> Exit | None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._exited.wait(), timeout)
+        return self._exit
+
+    async def close(self) -> None:
+        if self._exit is None and self._number is not None:
+            self.kill()
+            await self.exited(_EXIT_SECONDS)
+        if self._link is not None:
+            self._link.close()
+        if self._own_boundary is not None:
+            boundary, self._own_boundary = self._own_boundary, None
+            self._supervision.stop()
+            await boundary.close()
+        self._forget(self)
+
+    def container_gone(self) -> None:
+        """The container is being closed: whatever runs is lost."""
+        self._tell(Exit(gone=True))
+
+    def _note_exit(self, exit_: Exit) -> None:
+        with contextlib.suppress(RuntimeError):
+            # The client's loop may be closed: then nobody waits.
+            self._loop.call_soon_threadsafe(self._tell, exit_)
+
+    def _tell(self, exit_: Exit) -> None:
+        if self._exit is None:
+            self._exit = exit_
+            self._exited.set()
+
+
+def _bind(port: int | None) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if port is not None:
+            # A port whose last owner has just gone may be taken over; one that is listened on may not.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port or 0))
+        listener.listen(64)
+    except OSError as exc:
+        listener.close()
+        raise PortInUse(port or 0, exc.strerror or str(exc)) from exc
+    listener.setblocking(False)
+    return listener
+
+
+def _say(line: str) -> None:
+    print(f"actbox: {line}", file=sys.stderr, flush=True)
+
+
+def _nothing() -> None:
+    return

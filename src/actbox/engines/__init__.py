@@ -1,0 +1,39 @@
+"""What builds the boundary. Each engine is one file behind the contract in `base`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from actbox.engines import environments
+from actbox.engines.bubblewrap import BubblewrapEngine, explain
+from actbox.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from actbox.engines.base import Engine
+
+__all__ = ["NAMES", "available", "explain", "select"]
+
+NAMES = ("auto", "bubblewrap")
+
+
+def select(name: str) -> Engine:
+    """The engine of this name; "auto" is `ACTBOX_ENGINE` from the environment, else bubblewrap.
+
+    Raises:
+        InvalidArgument: there is no engine of that name.
+    """
+    chosen = os.environ.get("ACTBOX_ENGINE", "bubblewrap") if name == "auto" else name
+    if chosen not in NAMES:
+        raise InvalidArgument("engine", chosen, f"the engines are: {', '.join(NAMES)}")
+    return BubblewrapEngine()
+
+
+def available(tag: str, modules: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `modules` whose package the environment of this tag has.
+
+    Raises:
+        EnvironmentNotFound: nobody built it.
+    """
+    environment = environments.find(tag)
+    return tuple(module for module in modules if environment.has(module.split(".")[0]))

@@ -1,0 +1,84 @@
+"""The contract between a container and what builds its boundary.
+
+An engine starts the guest's supervisor inside a boundary and hands back one connected socket to it. Of sessions, cells
+and frames it knows nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from actbox.spec import ContainerSpec
+
+Progress = "Callable[[str], None]"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of protection on this machine: whether it is on, what was seen, and what mends it if it is not."""
+
+    name: str
+    state: Literal["on", "weaker", "missing"]
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the supervisor must know of the boundary it wakes up in; sent to it as its first datagram."""
+
+    guest_path: str
+    extra_path: tuple[str, ...]
+    nested: bool
+
+
+class Boundary(ABC):
+    """A running boundary with the supervisor inside.
+
+    `control` is a connected `SOCK_SEQPACKET` unix socket to the supervisor over which descriptors can be passed; it
+    belongs to the boundary and is closed by it.
+    """
+
+    control: socket.socket
+    layout: Layout
+
+    @abstractmethod
+    def complaint(self) -> str:
+        """What the boundary's processes wrote to their standard error so far; for error messages."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End everything inside and wait until it is gone. Bounded in time; may be called again; never raises."""
+
+
+class Engine(ABC):
+    """Builds boundaries on this machine."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    async def start(
+        self, spec: ContainerSpec, *, nested: bool, key: str | None, progress: Callable[[str], None]
+    ) -> Boundary:
+        """Start a supervisor in a new boundary.
+
+        Args:
+            spec: what is asked for.
+            nested: True for a container of many sessions, each in namespaces of its own; False for one session alone.
+            key: with `nested=False`, the key of that session, whose folder alone is shown.
+            progress: told in a line what is being waited for, when that takes long.
+
+        Raises:
+            SandboxUnavailable: a layer is missing.
+            EnvironmentNotFound: nobody built `spec.tag`.
+        """
+
+    @abstractmethod
+    async def examine(self) -> list[Layer]:
+        """What works on this machine, layer by layer, found out by trying."""

@@ -1,0 +1,276 @@
+"""Every exception that actbox raises on purpose, drawn as a tree.
+
+::
+
+    ActboxError
+    ├── InvalidArgument (ValueError)          the caller gave a value that cannot be used
+    │   ├── InvalidKey                        an executor key outside the grammar
+    │   └── DotenvError                       a .env file that is missing or malformed
+    ├── StateError (RuntimeError)             used before start, after close, or twice
+    ├── WorkspaceError (OSError)              a workspace path that is unusable or unsafe
+    ├── SandboxUnavailable                    the machine cannot build the boundary: names the layer
+    ├── EnvironmentNotFound                   a tag that nobody built
+    ├── EnvironmentBuildError                 `actbox build` failed
+    ├── PortInUse (OSError)                   the TCP port asked for is taken
+    ├── ConnectionError (ConnectionError)     no session could be had, or the link to it is gone
+    │   └── ExecutionLost                     the container is gone; unknown whether the cell ran
+    ├── ProtocolError                         the guest broke the rules of the wire
+    ├── ExecutionTimeout (TimeoutError)       a cell outlived its time; says whether the state was kept
+    └── ExecutionError                        the cell ended badly
+        ├── ExecutionInterrupted              `interrupt()` or a cancelled task stopped it
+        └── KernelDied                        the kernel process ended: signal or exit code
+
+Whose fault it is can be read from the branch: the caller's (`InvalidArgument`, `StateError`, `WorkspaceError`,
+`EnvironmentNotFound`, `PortInUse`), the machine's (`SandboxUnavailable`, `EnvironmentBuildError`, `ConnectionError`),
+the guest's (`ProtocolError`, `ExecutionTimeout`, `ExecutionError`). Facts are fields, prose is `str()`.
+
+This module imports nothing of actbox.
+"""
+
+from __future__ import annotations
+
+import builtins
+import signal as _signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = [
+    "ActboxError",
+    "ConnectionError",
+    "DotenvError",
+    "EnvironmentBuildError",
+    "EnvironmentNotFound",
+    "ExecutionError",
+    "ExecutionInterrupted",
+    "ExecutionLost",
+    "ExecutionTimeout",
+    "InvalidArgument",
+    "InvalidKey",
+    "KernelDied",
+    "PortInUse",
+    "ProtocolError",
+    "SandboxUnavailable",
+    "StateError",
+    "WorkspaceError",
+]
+
+
+class ActboxError(Exception):
+    """The root of everything that actbox raises on purpose."""
+
+
+class InvalidArgument(ActboxError, ValueError):
+    """A value that cannot be used. `name` and `value` are the argument, `remedy` is what to pass instead."""
+
+    def __init__(self, name: str, value: object, remedy: str) -> None:
+        self.name = name
+        self.value = value
+        self.remedy = remedy
+        super().__init__(f"{name}={shown(value)}: {remedy}")
+
+
+class InvalidKey(InvalidArgument):
+    """An executor key outside the grammar: it names folders, so only plain names are taken."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__(
+            "key",
+            value,
+            "a key is 1 to 64 characters of A-Z, a-z, 0-9, '_' and '-', starts with a letter or digit, "
+            "and is not a reserved device name such as CON",
+        )
+
+
+class DotenvError(InvalidArgument):
+    """A .env file that is missing, unreadable or malformed; `line` is the first bad line, from 1, if any."""
+
+    def __init__(self, path: Path, problem: str, line: int | None = None) -> None:
+        self.path = path
+        self.line = line
+        super().__init__("dotenv_path", str(path), problem)
+
+
+class StateError(ActboxError, RuntimeError):
+    """An object used before it was started, after it was closed, or started twice."""
+
+
+class WorkspaceError(ActboxError, OSError):
+    """A workspace path that is unusable (a file, not writable) or unsafe (a symbolic link where none may be)."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path = path
+        self.problem = problem
+        super().__init__(f"{shown(str(path))}: {problem}")
+
+
+class SandboxUnavailable(ActboxError):
+    """The boundary cannot be built on this machine. Nothing was run.
+
+    `layer` names what is missing (for example "bubblewrap", "user namespaces", "seccomp"), `detail` what the system
+    said, `remedy` what to do about it.
+    """
+
+    def __init__(self, layer: str, detail: str, remedy: str) -> None:
+        self.layer = layer
+        self.detail = detail
+        self.remedy = remedy
+        super().__init__(f"the sandbox cannot be built: {layer}: {detail}. {remedy}")
+
+
+class EnvironmentNotFound(ActboxError):
+    """No environment of this tag was built; `known` lists the tags that exist."""
+
+    def __init__(self, tag: str, known: tuple[str, ...]) -> None:
+        self.tag = tag
+        self.known = known
+        super().__init__(
+            f"no environment is tagged {shown(tag)} (known: {', '.join(known)}); "
+            f"make it with: actbox build -t {tag} [-r requirements.txt | PACKAGE...]"
+        )
+
+
+class EnvironmentBuildError(ActboxError):
+    """`actbox build` could not make an environment; `detail` is what the installer said."""
+
+    def __init__(self, tag: str, detail: str) -> None:
+        self.tag = tag
+        self.detail = detail
+        super().__init__(f"the environment {shown(tag)} was not built: {detail}")
+
+
+class PortInUse(ActboxError, OSError):
+    """The TCP port asked for is taken or may not be bound."""
+
+    def __init__(self, port: int, detail: str) -> None:
+        self.port = port
+        super().__init__(f"port {port} on 127.0.0.1 cannot be bound ({detail}); pass port=None for a free one")
+
+
+class ConnectionError(ActboxError, builtins.ConnectionError):  # noqa: A001 - the ancestor's name, kept
+    """No session could be had, or the link to the container is gone."""
+
+
+class ExecutionLost(ConnectionError):
+    """The container went away while a cell ran: whether the cell had its effects is unknown.
+
+    `text` is the output that had arrived.
+    """
+
+    def __init__(self, message: str, *, text: str | None = None) -> None:
+        self.text = text
+        super().__init__(message)
+
+
+class ProtocolError(ActboxError):
+    """The guest sent something outside the wire's rules. Its session was ended; no other is touched."""
+
+
+class ExecutionTimeout(ActboxError, builtins.TimeoutError):
+    """A cell did not end in time.
+
+    `timeout` is the time allowed in seconds; `state_kept` is True if an interrupt ended the cell (or it had not begun)
+    and the session goes on, False if the kernel had to be killed; `text` is the output until then.
+    """
+
+    def __init__(self, timeout: float, *, state_kept: bool, text: str | None = None, started: bool = True) -> None:
+        self.timeout = timeout
+        self.state_kept = state_kept
+        self.started = started
+        self.text = text
+        if not started:
+            fate = "it had not begun, and will not run"
+        elif state_kept:
+            fate = "it was interrupted; the session's state is kept"
+        else:
+            fate = "it ignored the interrupt, so the kernel was killed; the session's state is lost"
+        super().__init__(f"the cell did not end within {timeout:g} s: {fate}")
+
+
+class ExecutionError(ActboxError):
+    """A cell raised an exception, or ended badly in one of the ways of the subclasses.
+
+    Args:
+        message: one line, for an exception `Name: value`.
+        trace: the traceback without colours, None if there is none.
+
+    Fields: `name` and `value` of the user's exception, `colored_trace` (the traceback with ANSI colours), `text` (the
+    output before the end, None if none), `state_kept` (whether the session's variables survive).
+    """
+
+    state_kept = True
+
+    def __init__(
+        self,
+        message: str,
+        trace: str | None = None,
+        *,
+        name: str | None = None,
+        value: str | None = None,
+        colored_trace: str | None = None,
+        text: str | None = None,
+    ) -> None:
+        self.trace = trace
+        self.name = name
+        self.value = value
+        self.colored_trace = colored_trace
+        self.text = text
+        super().__init__(message)
+
+
+class ExecutionInterrupted(ExecutionError):
+    """`Execution.interrupt()`, or the cancellation of the task that awaited the result, stopped the cell.
+
+    `state_kept` is False when the cell ignored the interrupt and the kernel had to be killed.
+    """
+
+    def __init__(self, *, state_kept: bool, trace: str | None = None, text: str | None = None) -> None:
+        self.state_kept = state_kept
+        fate = "the session's state is kept" if state_kept else "the kernel had to be killed; its state is lost"
+        super().__init__(f"the cell was interrupted: {fate}", trace, name="KeyboardInterrupt", value="", text=text)
+
+
+class KernelDied(ExecutionError):
+    """The kernel's process ended while the cell ran. The next cell finds a fresh kernel.
+
+    `signal` is the signal's number or None, `exit_code` the exit code or None, `memory_limit` the session's memory
+    limit in bytes when the death looks like running out of memory, else None.
+    """
+
+    state_kept = False
+
+    def __init__(
+        self,
+        *,
+        signal: int | None = None,
+        exit_code: int | None = None,
+        reason: str | None = None,
+        memory_limit: int | None = None,
+        text: str | None = None,
+    ) -> None:
+        self.signal = signal
+        self.exit_code = exit_code
+        self.memory_limit = memory_limit
+        if reason is None and signal is not None:
+            reason = f"killed by {signal_name(signal)}"
+        elif reason is None:
+            reason = f"exited with code {exit_code}"
+        if memory_limit is not None:
+            reason += f", likely out of memory (limit {memory_limit >> 20} MiB)"
+        self.reason = reason
+        super().__init__(f"the kernel died: {reason}; the session's state is lost", text=text)
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9; `signal 70` where the platform has no name."""
+    try:
+        return _signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def shown(value: object, limit: int = 120) -> str:
+    """A value as one line of printable ASCII of at most `limit` characters, whatever it holds."""
+    text = ascii(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,0 +1,335 @@
+"""One cell, seen by who asked for it: many events, exactly one outcome.
+
+Everything that affects what a caller of `stream`, `events` or `result` sees lives here; how the cell is run, and ended
+when it will not end, is the client's affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from actbox.errors import (
+    ExecutionError,
+    ExecutionInterrupted,
+    ExecutionLost,
+    ExecutionTimeout,
+    InvalidArgument,
+    KernelDied,
+    ProtocolError,
+)
+from actbox.events import (
+    Died,
+    DisplayData,
+    Event,
+    ExecuteResult,
+    Failed,
+    Finished,
+    Interrupted,
+    KernelRestarted,
+    Lost,
+    Outcome,
+    Stream,
+    TimedOut,
+)
+from actbox.files import looks_like
+from actbox.result import ExecutionResult, Fold, Image, image_types, strip_ansi
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
+
+    from actbox.spec import Limits
+
+# Events that wait for a reader. With one attached the guest has to wait beyond this; without, they are left out.
+_BACKLOG_BYTES = 1 << 20
+_BACKLOG_EVENTS = 4096
+_MAX_IMAGES = 1000
+
+
+class Stopper(Protocol):
+    """The client, as an execution needs it: to have the cell ended."""
+
+    def stop(self, execution: Execution, why: Literal["interrupt", "timeout"], timeout: float = 0.0) -> None:
+        """End the cell: by an interrupt, and by killing its kernel if that does not help."""
+        ...
+
+
+class Execution:
+    """A cell that was submitted; made by `ExecutionClient.submit`.
+
+    Any number of tasks may await `result` at once. `stream` and `events` share one sequence of events: an event goes
+    to one reader.
+
+    State: `_fold` and `_images`, what is kept of the output; `_events`, what waits for a reader, with its size;
+    `_changed`, completed and renewed whenever a reader should look again; `_outcome`, set once.
+    """
+
+    def __init__(self, client: Stopper, code: str, keep_image: Callable[[bytes, str], Path | None]) -> None:
+        self.code = code
+        self._client = client
+        self._keep_image = keep_image
+        self._fold: Fold | None = None
+        self._media_limit = 0
+        self._images: list[Image] = []
+        self._image_bytes = 0
+        self._events: deque[Event] = deque()
+        self._events_size = 0
+        self._unread_bytes = 0
+        self._readers = 0
+        self._changed: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        self._outcome: Outcome | None = None
+        self._ended = asyncio.Event()
+        self._began = 0.0
+        self._duration = 0.0
+        self._at_line_start = True
+
+    def __repr__(self) -> str:
+        state = "waiting" if self._fold is None else "running"
+        return f"<Execution {self._outcome or state}>"
+
+    # -- for the caller ------------------------------------------------------------------------------------------
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the cell ended; None while it has not."""
+        return self._outcome
+
+    @property
+    def restarted(self) -> bool:
+        """Whether the cell ran in a fresh kernel because the one before had died: earlier state is lost."""
+        return self._fold is not None and self._fold.restarted
+
+    async def result(self, timeout: float = 120) -> ExecutionResult:
+        """Wait for the cell's end.
+
+        Args:
+            timeout: seconds from this call, the time behind earlier cells included. Then the cell is interrupted; if
+                it does not heed that within the client's grace, its kernel is killed.
+
+        Raises:
+            ExecutionError: the code raised, was interrupted, or its kernel died (see the subclasses).
+            ExecutionTimeout: (a `TimeoutError`) time was up; says whether the state was kept.
+            ExecutionLost: (a `ConnectionError`) the container is gone.
+            ProtocolError: the guest broke the rules of the wire; its session was ended.
+            InvalidArgument: `timeout` is no positive number.
+
+        Cancelling the awaiting task interrupts the cell.
+        """
+        with self._deadline(timeout):
+            await self._wait_for_end()
+        return self._conclude()
+
+    async def stream(self, timeout: float = 120) -> AsyncIterator[str]:
+        """The cell's text as it comes: what is printed, and the plain text of what is displayed.
+
+        Arguments and errors are those of `result`, which is available at once when the stream has ended. Nothing is
+        left out while the stream is being read: a guest that prints faster waits.
+        """
+        async for event in self.events(timeout):
+            chunk = self._as_text(event)
+            if chunk:
+                yield chunk
+
+    async def events(self, timeout: float = 120) -> AsyncIterator[Event]:
+        """Everything that the cell puts out, as it comes; arguments and errors are those of `result`."""
+        with self._deadline(timeout):
+            self._readers += 1
+            try:
+                while True:
+                    while self._events:
+                        yield self._take_event()
+                    if self._outcome is not None:
+                        break
+                    self._changed = self._changed or asyncio.get_running_loop().create_future()
+                    await self._or_interrupt(asyncio.shield(self._changed))
+            finally:
+                self._readers -= 1
+                self._make_room()
+        if self._unread_bytes:
+            note = f"\n... [{self._unread_bytes} bytes came before anybody read, and were left out] ...\n"
+            self._unread_bytes = 0
+            yield Stream("stderr", note)
+        self._conclude()
+
+    async def interrupt(self) -> None:
+        """Interrupt the cell, and wait until it has ended.
+
+        It gets SIGINT; if it does not end within the client's grace its kernel is killed. Does nothing if it has
+        ended. How it ended is in `outcome`.
+        """
+        if self._outcome is None:
+            self._client.stop(self, "interrupt")
+            await self._ended.wait()
+
+    def so_far(self) -> ExecutionResult:
+        """What the cell has put out until now, whether it still runs, ended well or not."""
+        count = self._outcome.execution_count if isinstance(self._outcome, Finished | Failed) else 0
+        fold = self._fold or Fold(1024, 1024)
+        return fold.result(images=list(self._images), execution_count=count, duration=self._duration)
+
+    # -- for the client ------------------------------------------------------------------------------------------
+
+    def begin(self, limits: Limits, *, restarted: bool) -> None:
+        """A kernel is about to get the cell."""
+        if self._fold is None:
+            self._fold = Fold(limits.output, limits.media)
+            self._media_limit = limits.media
+            self._began = asyncio.get_running_loop().time()
+        if restarted:
+            self._fold.restarted = True
+            self._give_event(KernelRestarted())
+
+    async def take(self, event: Event) -> None:
+        """An event of the kernel. Returns when there is room for more."""
+        assert self._fold is not None  # noqa: S101 - begin comes first
+        if isinstance(event, DisplayData | ExecuteResult):
+            for mime, data in image_types(event.data):
+                await self._take_image(mime, data)
+        self._fold.add(event)
+        size = _backlog_size(event)
+        full = self._events_size + size > _BACKLOG_BYTES or len(self._events) >= _BACKLOG_EVENTS
+        if full and not self._readers:
+            self._unread_bytes += size
+            return
+        self._give_event(event)
+        while self._readers and self._outcome is None and self._events_size > _BACKLOG_BYTES:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+
+    def release(self) -> None:
+        """Let the kernel's output through though the reader is slow: the cell is being ended."""
+        self._readers = -(1 << 30)
+        self._make_room()
+
+    def end(self, outcome: Outcome) -> None:
+        """The one ending."""
+        if self._outcome is None:
+            self._outcome = outcome
+            self._duration = asyncio.get_running_loop().time() - self._began if self._began else 0.0
+            self._ended.set()
+            self._notify()
+            self._make_room()
+
+    @property
+    def fold(self) -> Fold | None:
+        """What is kept so far."""
+        return self._fold
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _deadline(self, timeout: float) -> Iterator[None]:
+        check_timeout(timeout)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(timeout, self._client.stop, self, "timeout", timeout)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    async def _wait_for_end(self) -> None:
+        if self._outcome is None:
+            waiting = asyncio.ensure_future(self._ended.wait())
+            try:
+                await self._or_interrupt(waiting)
+            finally:
+                waiting.cancel()
+
+    async def _or_interrupt(self, waiting: asyncio.Future[None] | asyncio.Future[bool]) -> None:
+        try:
+            await waiting
+        except asyncio.CancelledError:
+            self._client.stop(self, "interrupt")
+            raise
+
+    async def _take_image(self, mime: str, data: bytes) -> None:
+        if not looks_like(data, mime):
+            return
+        if self._image_bytes + len(data) > self._media_limit or len(self._images) >= _MAX_IMAGES:
+            return
+        self._image_bytes += len(data)
+        path = await asyncio.to_thread(self._keep_image, data, mime)
+        self._images.append(Image(data, mime, path))
+
+    def _give_event(self, event: Event) -> None:
+        self._events.append(event)
+        self._events_size += _backlog_size(event)
+        self._notify()
+
+    def _take_event(self) -> Event:
+        event = self._events.popleft()
+        self._events_size -= _backlog_size(event)
+        if self._events_size < _BACKLOG_BYTES // 2:
+            self._make_room()
+        return event
+
+    def _notify(self) -> None:
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+        self._changed = None
+
+    def _make_room(self) -> None:
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        self._room = None
+
+    def _as_text(self, event: Event) -> str:
+        match event:
+            case Stream(_, text):
+                chunk = text
+            case DisplayData(data) | ExecuteResult(data):
+                plain = data.get("text/plain")
+                chunk = f"{plain}\n" if isinstance(plain, str) and plain else ""
+                if chunk and not self._at_line_start:
+                    chunk = f"\n{chunk}"
+            case _:
+                return ""
+        if chunk:
+            self._at_line_start = chunk.endswith("\n")
+        return chunk
+
+    def _conclude(self) -> ExecutionResult:
+        result = self.so_far()
+        match self._outcome:
+            case Finished():
+                return result
+            case Failed(error):
+                raise ExecutionError(
+                    f"{error.name}: {error.value}",
+                    strip_ansi(error.traceback),
+                    name=error.name,
+                    value=error.value,
+                    colored_trace=error.traceback,
+                    text=result.text,
+                )
+            case Interrupted(state_kept, error):
+                trace = strip_ansi(error.traceback) if error else None
+                raise ExecutionInterrupted(state_kept=state_kept, trace=trace, text=result.text)
+            case TimedOut(timeout, state_kept, started):
+                raise ExecutionTimeout(timeout, state_kept=state_kept, started=started, text=result.text)
+            case Died(signal, exit_code, reason, memory_limit):
+                raise KernelDied(
+                    signal=signal, exit_code=exit_code, reason=reason, memory_limit=memory_limit, text=result.text
+                )
+            case Lost(reason, violation):
+                if violation:
+                    raise ProtocolError(reason)
+                raise ExecutionLost(f"{reason}: it is unknown whether the cell had its effects", text=result.text)
+            case None:
+                raise AssertionError("concluded before its end")
+
+
+def _backlog_size(event: Event) -> int:
+    """What an event that waits for its reader counts; a display's content is bounded by the media limit."""
+    return len(event.text) if isinstance(event, Stream) else 1024
+
+
+def check_timeout(timeout: object) -> None:
+    """Raises InvalidArgument unless `timeout` is a positive, finite number of seconds."""
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise InvalidArgument("timeout", timeout, "pass a positive, finite number of seconds")

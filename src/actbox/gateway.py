@@ -1,0 +1,174 @@
+"""A container's TCP port: other processes come in with the token, and frames are relayed.
+
+A kernel never gets the accepted socket itself. A TCP socket belongs to the host's network, and whoever holds one may
+disconnect it and connect it anew (`connect` with AF_UNSPEC), which would be a way out of the sandbox. So this is the
+one place with a hop more; a client in the container's own process does not come through here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from actbox.errors import ActboxError, ProtocolError
+from actbox.link import Link
+from actbox.sessions import Exit
+
+if TYPE_CHECKING:
+    import socket
+
+    from actbox.protocol.frames import Frame
+    from actbox.sessions import Door, Session
+
+logger = logging.getLogger(__name__)
+
+_HELLO_SECONDS = 5.0
+_HELLO_PAYLOAD = 4096
+_MAX_STRANGERS = 64
+# What a gateway says itself; a kernel that says it lies.
+_GATEWAY_TYPES = frozenset({"welcome", "refused", "exited", "pong"})
+_EXIT_SECONDS = 5.0
+
+
+class Gateway:
+    """See the module's text.
+
+    State: the server; `_guests`, the task of each connection; `_strangers`, how many have not shown the token yet.
+    """
+
+    def __init__(self, listener: socket.socket, door: _TokenDoor) -> None:
+        self._listener = listener
+        self._door = door
+        self.port: int = listener.getsockname()[1]
+        self._accepting: asyncio.Task[None] | None = None
+        self._guests: set[asyncio.Task[None]] = set()
+        self._strangers = 0
+
+    async def start(self) -> None:
+        """Accept connections from now on."""
+        self._accepting = asyncio.create_task(self._accept())
+
+    async def close(self) -> None:
+        """Close the port and every connection."""
+        tasks = [*self._guests, *([self._accepting] if self._accepting else [])]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._listener.close()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(self._listener)
+            except OSError as exc:
+                logger.warning("the port %d cannot accept: %s", self.port, exc)
+                await asyncio.sleep(0.1)
+                continue
+            if self._strangers >= _MAX_STRANGERS:
+                accepted.close()
+                continue
+            self._strangers += 1
+            task = asyncio.create_task(self._serve(accepted))
+            self._guests.add(task)
+            task.add_done_callback(self._guests.discard)
+
+    async def _serve(self, accepted: socket.socket) -> None:
+        known = False
+        link = await Link.over(accepted)
+        try:
+            try:
+                async with asyncio.timeout(_HELLO_SECONDS):
+                    hello = await link.receive()
+            finally:
+                known = True
+                self._strangers -= 1
+            if hello is None:
+                return
+            if not self._admits(hello):
+                await link.send({"type": "refused", "reason": "the token is missing or wrong"})
+                await link.close_gracefully()
+                return
+            key = hello.header.get("key")
+            try:
+                session = await self._door.open_session(key)
+            except ActboxError as exc:
+                await link.send({"type": "refused", "reason": str(exc)[:2000]})
+                await link.close_gracefully()
+                return
+            await self._relay(link, session)
+        except (OSError, TimeoutError, ProtocolError):
+            # A stranger who says nothing, or leaves: there is nobody to tell.
+            return
+        finally:
+            if not known:
+                self._strangers -= 1
+            link.close()
+
+    def _admits(self, hello: Frame) -> bool:
+        token = hello.header.get("token")
+        if hello.header.get("type") != "hello" or not isinstance(token, str):
+            return False
+        return hmac.compare_digest(token.encode("utf-8", "replace"), self._door.token.encode())
+
+    async def _relay(self, link: Link, session: Session) -> None:
+        try:
+            await link.send({"type": "welcome", "limits": asdict(session.limits)})
+            outward = asyncio.create_task(_outward(session, link))
+            inward = asyncio.create_task(_inward(link, session))
+            try:
+                await asyncio.wait({outward, inward}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (outward, inward):
+                    task.cancel()
+                await asyncio.wait({outward, inward})
+        finally:
+            await session.close()
+        await link.close_gracefully()
+
+
+async def _inward(link: Link, session: Session) -> None:
+    """What the client says: cells for the kernel, orders for us."""
+    while (frame := await link.receive()) is not None:
+        header = frame.header
+        match header:
+            case {"type": "execute"}:
+                await session.send(header, frame.payload)
+            case {"type": "interrupt", "cell": int(cell)}:
+                session.interrupt(cell)
+            case {"type": "kill"}:
+                session.kill()
+            case {"type": "ping"}:
+                await link.send({"type": "pong"})
+            case _:
+                return
+
+
+async def _outward(session: Session, link: Link) -> None:
+    """What the kernel says, and at last how it ended."""
+    try:
+        while (frame := await session.receive()) is not None:
+            if frame.header.get("type") in _GATEWAY_TYPES:
+                raise ProtocolError("the kernel spoke for the gateway")
+            await link.send(frame.header, frame.payload)
+    except ProtocolError:
+        session.kill()
+    exit_ = await session.exited(_EXIT_SECONDS / 5)
+    if exit_ is None:
+        session.kill()
+        exit_ = await session.exited(_EXIT_SECONDS) or Exit()
+    fact: dict[str, Any] = asdict(exit_)
+    with contextlib.suppress(OSError):
+        await link.send({"type": "exited", **fact})
+
+
+if TYPE_CHECKING:
+
+    class _TokenDoor(Door):
+        @property
+        def token(self) -> str: ...

@@ -1,0 +1,115 @@
+"""SIGINT reaches the cell it was meant for, and never tears a frame.
+
+The supervisor writes the number of the cell to be interrupted into a page that it shares with this kernel, then sends
+the signal. A signal that arrives late finds another number and does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import mmap
+    from types import FrameType
+
+PAGE = 4096
+_NUMBER = struct.Struct("<q")
+_TARGET = 0
+_CURRENT = 8
+
+
+def target(page: mmap.mmap) -> int:
+    """The cell that is to be interrupted, 0 for none."""
+    return _NUMBER.unpack_from(page, _TARGET)[0]
+
+
+def set_target(page: mmap.mmap, cell: int) -> None:
+    """Name the cell that the next SIGINT is for."""
+    _NUMBER.pack_into(page, _TARGET, cell)
+
+
+def wanted(page: mmap.mmap) -> bool:
+    """Whether the running cell is the one to be interrupted."""
+    current = _NUMBER.unpack_from(page, _CURRENT)[0]
+    return current != 0 and current == target(page)
+
+
+class Interrupts:
+    """This kernel's side of it.
+
+    State: the page's current cell; `_depth`, how deep the main thread is in code that must not be torn; `_pending`,
+    whether a signal came meanwhile; `delivered`, whether the running cell was interrupted.
+    """
+
+    def __init__(self, page: mmap.mmap) -> None:
+        self._page = page
+        self._depth = 0
+        self._pending = False
+        self._main = threading.main_thread().ident
+        self.delivered = False
+        self.held = _Held(self)
+
+    def install(self) -> None:
+        """Take over SIGINT; call it in the main thread."""
+        signal.signal(signal.SIGINT, self._handle)
+
+    def begin(self, cell: int) -> None:
+        """A cell runs from now on."""
+        self.delivered = False
+        self._pending = False
+        _NUMBER.pack_into(self._page, _CURRENT, cell)
+
+    def end(self) -> None:
+        """No cell runs any more: a SIGINT does nothing."""
+        _NUMBER.pack_into(self._page, _CURRENT, 0)
+        self._pending = False
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if not wanted(self._page):
+            return
+        if self._depth:
+            self._pending = True
+            return
+        self.delivered = True
+        raise KeyboardInterrupt
+
+    def enter(self) -> None:
+        if threading.get_ident() == self._main:
+            self._depth += 1
+
+    def leave(self) -> None:
+        if threading.get_ident() != self._main:
+            return
+        self._depth -= 1
+        if self._pending and not self._depth:
+            self._pending = False
+            if wanted(self._page):
+                self.delivered = True
+                raise KeyboardInterrupt
+
+
+class _Held:
+    """`with interrupts.held:` delays a KeyboardInterrupt to the end of the block."""
+
+    def __init__(self, owner: Interrupts) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> None:
+        self._owner.enter()
+
+    def __exit__(self, *_exc: object) -> None:
+        self._owner.leave()
+
+
+def forward(page: mmap.mmap, kernel: int) -> None:
+    """Pass SIGINT on to the kernel and the programs it runs in the foreground, as a terminal would."""
+    if not wanted(page):
+        return
+    try:
+        os.killpg(kernel, signal.SIGINT)
+    except ProcessLookupError:
+        return

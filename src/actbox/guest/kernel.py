@@ -1,0 +1,167 @@
+"""The kernel: runs a session's cells, one after the other, until its stream ends.
+
+Everything here runs after the boundary stands, with no rights left, beside code that nobody read. What the host learns
+from it is the guest's word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import os
+import random
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ..protocol import frames
+from . import shell as shells
+from .interrupts import Interrupts
+from .output import Channel
+
+if TYPE_CHECKING:
+    import mmap
+
+    from .reload import SkillReloader
+
+_RECEIVE = 256 << 10
+
+
+class Kernel:
+    """One session's kernel.
+
+    State: `_cell`, how many cells were begun; `_pid`, to tell this process from children that user code forks.
+    """
+
+    def __init__(
+        self,
+        stream: socket.socket,
+        pipes: tuple[int, int],
+        page: mmap.mmap,
+        shell: shells.Shell,
+        reloader: SkillReloader,
+    ) -> None:
+        self._stream = stream
+        self._decoder = frames.Decoder()
+        self._shell = shell
+        self._reloader = reloader
+        self._pid = os.getpid()
+        self._interrupts = Interrupts(page)
+        self._channel = Channel(stream, pipes, self._interrupts)
+
+    def serve(self, start: dict[str, Any]) -> None:
+        """Run cells until the host closes the stream; never returns to the caller's code in a forked child."""
+        self._interrupts.install()
+        self._channel.start()
+        shells.connect(self._channel)
+        _prepare_process(start)
+        self._reloader.watch(start["skills"])
+        gc.enable()
+        self._channel.send({"type": "ready", "python": sys.version.split()[0], "ipython": _ipython_version()})
+        while (frame := self._next_request()) is not None:
+            if frame.header.get("type") == "execute":
+                self._run(int(frame.header["id"]), frame.payload.decode("utf-8", "replace"))
+
+    def _run(self, cell: int, code: str) -> None:
+        self._interrupts.install()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        self._channel.begin({"type": "busy", "id": cell})
+        reply: dict[str, Any] = {"type": "execute_reply", "id": cell, "status": "ok"}
+        self._interrupts.begin(cell)
+        try:
+            self._reloader.before_cell()
+            result = self._shell.run_cell(code, store_history=True)
+            error = result.error_before_exec or result.error_in_exec
+        except KeyboardInterrupt as exc:
+            # It came outside the user's code, where IPython does not catch it.
+            error = exc
+        self._interrupts.end()
+        if os.getpid() != self._pid:
+            # A child that the cell forked has come to the end of the cell: it is no kernel.
+            os._exit(0)
+        if self._interrupts.delivered and isinstance(error, KeyboardInterrupt):
+            reply["status"] = "interrupted"
+        elif error is not None and not _left_politely(error):
+            reply["status"] = "error"
+        reply["execution_count"] = self._shell.execution_count - 1
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        self._reloader.after_cell()
+        self._channel.end(reply)
+
+    def _next_request(self) -> frames.Frame | None:
+        while (frame := self._decoder.next_frame()) is None:
+            self._run_tasks_until_readable()
+            try:
+                data = self._stream.recv(_RECEIVE)
+            except OSError:
+                return None
+            if not data:
+                return None
+            self._decoder.feed(data)
+        return frame
+
+    def _run_tasks_until_readable(self) -> None:
+        """Let asyncio tasks that a cell left behind go on between the cells, as in Jupyter."""
+        loop = _left_over_loop()
+        if loop is None:
+            return
+        loop.add_reader(self._stream, loop.stop)
+        try:
+            loop.run_forever()
+        finally:
+            loop.remove_reader(self._stream)
+
+
+def _left_over_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop of the shell's top-level `await`, if tasks are waiting in it."""
+    from IPython.core import async_helpers
+
+    loop = getattr(async_helpers, "_event_loop", None) or getattr(async_helpers, "_asyncio_event_loop", None)
+    if loop is None or loop.is_closed() or not asyncio.all_tasks(loop):
+        return None
+    return loop
+
+
+def _left_politely(error: BaseException) -> bool:
+    """`quit()`, `exit()`, `sys.exit()` and `sys.exit(0)` end a cell as they end a program: well."""
+    return isinstance(error, SystemExit) and error.code in (None, 0)
+
+
+def _prepare_process(start: dict[str, Any]) -> None:
+    os.environ.update(start["env"])
+    if "TZ" in start["env"]:
+        import time
+
+        time.tzset()
+    os.chdir(start["cwd"])
+    sys.path[:0] = [*start["skills"], *([start["cwd"]] if start["cwd"] not in start["skills"] else [])]
+    sys.argv = [""]
+    # A skill's bytecode is not worth a folder of files among the user's own, and one that is stale for a second
+    # would hide an edit.
+    sys.dont_write_bytecode = True
+    # Sessions are forks of one process: what was random there must not be the same in all of them.
+    random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+
+
+def _ipython_version() -> str:
+    import IPython
+
+    return IPython.__version__
+
+
+def close_other_files(keep: set[int]) -> None:
+    """Close every file descriptor but these, whatever this process inherited."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    low = 0
+    for fd in [*sorted(keep), 1 << 31]:
+        if low < fd and libc.close_range(ctypes.c_uint(low), ctypes.c_uint(fd - 1), 0) != 0:
+            os.closerange(low, min(fd, 1 << 16))
+        low = fd + 1

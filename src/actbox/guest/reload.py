@@ -1,0 +1,72 @@
+"""Edited skills take effect at the next cell.
+
+IPython's autoreload, asked about the modules below the skill folders alone: to look at every module that pandas and
+matplotlib load would cost each cell more than the rest of its round trip.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from IPython.extensions.autoreload import ModuleReloader
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from IPython.core.interactiveshell import InteractiveShell
+
+
+class SkillReloader:
+    """Reloads changed modules below the watched folders before a cell, and lets new files there be found.
+
+    State: `_reloader`, IPython's record of files and their times; `_folders`, what is watched; `_seen`, how many
+    modules were loaded when the skills among them were last looked for. Made before the fork, as IPython first looks
+    at every loaded module once.
+    """
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        self._reloader = ModuleReloader(shell=shell)
+        self._reloader.enabled = True
+        self._reloader.check_all = False
+        if hasattr(self._reloader, "deduper_reloader"):
+            # It reads the source of every loaded module after each check, and knows no bound.
+            self._reloader.deduper_reloader.enabled = False
+        self._folders: tuple[str, ...] = ()
+        self._seen = 0
+
+    def watch(self, folders: list[str]) -> None:
+        """Watch the modules below these folders from now on."""
+        self._folders = tuple(f"{folder.rstrip('/')}/" for folder in folders)
+
+    def before_cell(self) -> None:
+        """Make imports of this cell see the folders as they are now."""
+        for folder in self._folders:
+            finder = sys.path_importer_cache.get(folder.rstrip("/"))
+            if finder is not None and hasattr(finder, "invalidate_caches"):
+                finder.invalidate_caches()
+        self._remember()
+        if self._reloader.modules:
+            self._reloader.check()
+
+    def after_cell(self) -> None:
+        """Note the state of modules that this cell imported."""
+        self._remember()
+
+    def _remember(self) -> None:
+        if len(sys.modules) == self._seen:
+            return
+        self._seen = len(sys.modules)
+        for name, module in list(sys.modules.items()):
+            if name not in self._reloader.modules and self._is_skill(module):
+                self._reloader.modules[name] = True
+                self._note_time(module)
+
+    def _note_time(self, module: ModuleType) -> None:
+        path, modified = self._reloader.filename_and_mtime(module)
+        if path is not None and modified is not None:
+            self._reloader.modules_mtimes[module.__name__] = modified
+
+    def _is_skill(self, module: ModuleType) -> bool:
+        path = getattr(module, "__file__", None)
+        return isinstance(path, str) and path.startswith(self._folders)

@@ -1,0 +1,162 @@
+"""Frames from a kernel, checked and turned into typed messages. Everything in them is the guest's word."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from actbox.errors import ProtocolError
+from actbox.events import (
+    ClearOutput,
+    DisplayData,
+    Error,
+    Event,
+    ExecuteResult,
+    Stream,
+    UpdateDisplayData,
+)
+
+if TYPE_CHECKING:
+    from actbox.protocol.frames import Frame
+
+_MAX_PARTS = 64
+_MAX_NAME = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The kernel is up; its versions are for people to read."""
+
+    python: str
+    ipython: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetupFailed:
+    """The session's boundary could not be built, said before any code of the guest ran."""
+
+    layer: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """The kernel begins the cell."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The cell's end; comes behind its last output."""
+
+    id: int
+    status: str
+    execution_count: int
+
+
+Message = Ready | SetupFailed | Busy | Reply | Event
+
+
+def decode(frame: Frame) -> Message:
+    """The message in a frame.
+
+    Raises:
+        ProtocolError: it is none that a kernel may send.
+    """
+    header = frame.header
+    match header.get("type"):
+        case "stream":
+            name = header.get("name")
+            if name == "stdout" or name == "stderr":
+                return Stream(name, frame.payload.decode("utf-8", "replace"))
+        case "display_data":
+            return DisplayData(_bundle(frame), _mapping(header), _display_id(header))
+        case "update_display_data":
+            return UpdateDisplayData(_bundle(frame), _mapping(header), _display_id(header))
+        case "execute_result":
+            return ExecuteResult(_bundle(frame), _mapping(header), _number(header, "execution_count"))
+        case "clear_output":
+            return ClearOutput(wait=header.get("wait") is True)
+        case "error":
+            trace = frame.payload.decode("utf-8", "replace")
+            return Error(_text(header, "ename"), _text(header, "evalue"), trace)
+        case "busy":
+            return Busy(_number(header, "id"))
+        case "execute_reply":
+            status = _text(header, "status")
+            if status in ("ok", "error", "interrupted"):
+                return Reply(_number(header, "id"), status, _number(header, "execution_count"))
+        case "ready":
+            return Ready(_text(header, "python")[:_MAX_NAME], _text(header, "ipython")[:_MAX_NAME])
+        case "failed":
+            return SetupFailed(_text(header, "layer")[:_MAX_NAME], _text(header, "detail"))
+        case _:
+            pass
+    raise ProtocolError(f"the kernel sent a message that it may not send: {ascii(header.get('type'))[:80]}")
+
+
+def _bundle(frame: Frame) -> dict[str, Any]:
+    parts = frame.header.get("parts")
+    if type(parts) is not list or len(parts) > _MAX_PARTS:
+        raise ProtocolError("a display without a list of parts")
+    data: dict[str, Any] = {}
+    start = 0
+    for part in parts:
+        match part:
+            case [str(mime), str(form), int(size)] if len(mime) <= _MAX_NAME and size >= 0:
+                block = frame.payload[start : start + size]
+                if len(block) != size:
+                    raise ProtocolError("a display whose parts are longer than its payload")
+                data[_valid(mime)] = _content(form, block)
+                start += size
+            case _:
+                raise ProtocolError("a display with a malformed part")
+    return data
+
+
+def _content(form: str, block: bytes) -> Any:
+    if form == "binary":
+        return block
+    if form == "text":
+        return block.decode("utf-8", "replace")
+    if form == "json":
+        try:
+            return json.loads(block, parse_constant=lambda constant: constant)
+        except (ValueError, RecursionError) as exc:
+            raise ProtocolError("a display with malformed JSON") from exc
+    raise ProtocolError("a display with a part of unknown form")
+
+
+def _mapping(header: dict[str, Any]) -> dict[str, Any]:
+    value = header.get("metadata")
+    if type(value) is not dict:
+        raise ProtocolError("a display whose metadata is no object")
+    return value
+
+
+def _display_id(header: dict[str, Any]) -> str | None:
+    value = header.get("display_id")
+    if value is None:
+        return None
+    return _text(header, "display_id")[:_MAX_NAME]
+
+
+def _text(header: dict[str, Any], field: str) -> str:
+    value = header.get(field)
+    if type(value) is not str:
+        raise ProtocolError(f"the field {field} is no text")
+    return _valid(value)
+
+
+def _valid(text: str) -> str:
+    """JSON can spell a lone surrogate, which no encoding carries: it would break whoever writes the text."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _number(header: dict[str, Any], field: str) -> int:
+    value = header.get(field)
+    if type(value) is not int or not 0 <= value < 1 << 53:
+        raise ProtocolError(f"the field {field} is no whole number")
+    return value

@@ -1,0 +1,327 @@
+"""A result is a fold of an execution's events, bounded whatever the guest prints.
+
+Text is kept up to `Limits.output` bytes, its head and its tail; everything else up to `Limits.media`. What was left
+out is counted and said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from actbox.events import (
+    ClearOutput,
+    DisplayData,
+    Error,
+    Event,
+    ExecuteResult,
+    KernelRestarted,
+    MimeData,
+    Stream,
+    UpdateDisplayData,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_MAX_OUTPUTS = 10_000
+# What one output costs beside its text, so that a million empty ones are not free.
+_OVERHEAD = 64
+_MERGE_BELOW = 4096
+# CSI, OSC and the other escape sequences of ECMA-48, and what is left of broken ones.
+_ANSI = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?|\x1b[ -/]*[0-~]?|[\x80-\x9f]"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that a cell displayed: its bytes as the guest sent them, never decoded, and where they were saved.
+
+    `path` is None when the client has no image folder, or when the bytes are not what `mime_type` claims.
+    """
+
+    data: bytes
+    mime_type: str
+    path: Path | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write the bytes to a file of the caller's choice."""
+        Path(path).write_bytes(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One output, as in a notebook. `kind` is the nbformat output type.
+
+    For a stream `name` and `text` are set; for a display or a result `data` and `metadata`; for an error `name`
+    (exception), `text` (its message) and `trace`.
+    """
+
+    kind: Literal["stream", "display_data", "execute_result", "error"]
+    name: str | None = None
+    text: str = ""
+    data: MimeData = field(default_factory=dict[str, Any])
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    display_id: str | None = None
+    execution_count: int | None = None
+    trace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionResult:
+    """The result of a cell that ran to its end.
+
+    Attributes:
+        text: everything printed, and the plain text of what was displayed, in order; None if there is none.
+        images: every PNG, JPEG, GIF, WebP and SVG image displayed, in order.
+        outputs: everything, every MIME type kept, as in a notebook.
+        omitted_bytes: text left out between head and tail; 0 if `text` is whole.
+        omitted_media: displays whose rich formats were left out for size.
+        restarted: the kernel before this cell had died, so the cell began without the session's earlier state.
+        execution_count: the cell's number, as in `In [n]`.
+        duration: seconds from the cell's start to its end, seen from the host.
+    """
+
+    text: str | None
+    images: list[Image]
+    outputs: list[Output] = field(default_factory=list[Output])
+    omitted_bytes: int = 0
+    omitted_media: int = 0
+    restarted: bool = False
+    execution_count: int = 0
+    duration: float = 0.0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether anything that the cell put out is missing here."""
+        return self.omitted_bytes > 0 or self.omitted_media > 0
+
+
+class Fold:
+    """Collects events into a result.
+
+    State: `_head` and `_tail`, the outputs kept (the tail begins once the head is full), with their sizes; what was
+    left out; `_clear_next`, set by `clear_output(wait=True)`.
+    """
+
+    def __init__(self, output_limit: int, media_limit: int) -> None:
+        self._half = output_limit // 2
+        self._media_limit = media_limit
+        self.restarted = False
+        self.error: Error | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._head: list[Output] = []
+        self._head_size = 0
+        self._tail: deque[Output] = deque()
+        self._tail_size = 0
+        self._overflowed = False
+        self._omitted_bytes = 0
+        self._omitted_media = 0
+        self._media_size = 0
+        self._clear_next = False
+
+    def add(self, event: Event) -> None:
+        """Take in the next event."""
+        match event:
+            case KernelRestarted():
+                self.restarted = True
+                return
+            case ClearOutput(wait):
+                self._clear_next = wait
+                if not wait:
+                    self._reset()
+                return
+            case UpdateDisplayData():
+                self._update(event)
+                return
+            case Error(name, value, trace):
+                self.error = event
+                output = Output("error", name=name, text=value, trace=trace)
+            case Stream(name, text):
+                output = Output("stream", name=name, text=text)
+            case DisplayData(data, metadata, display_id):
+                output = Output("display_data", data=self._afford(data), metadata=metadata, display_id=display_id)
+            case ExecuteResult(data, metadata, count):
+                output = Output("execute_result", data=self._afford(data), metadata=metadata, execution_count=count)
+        if self._clear_next:
+            self._reset()
+        self._append(output)
+
+    def _append(self, output: Output) -> None:
+        if not self._overflowed:
+            room = self._half - self._head_size
+            if _size(output) <= room and len(self._head) < _MAX_OUTPUTS:
+                _push(self._head, output, _MERGE_BELOW)
+                self._head_size += _size(output)
+                return
+            self._overflowed = True
+            if output.kind == "stream" and room > 0:
+                begin, output = _split(output, room)
+                self._head.append(begin)
+                self._head_size = self._half
+        _push(self._tail, output, _MERGE_BELOW)
+        self._tail_size += _size(output)
+        while self._tail_size > self._half or len(self._tail) > _MAX_OUTPUTS:
+            self._drop_first()
+
+    def _drop_first(self) -> None:
+        first = self._tail.popleft()
+        excess = self._tail_size - self._half
+        self._tail_size -= _size(first)
+        if first.kind == "stream" and _size(first) > excess > 0 and len(self._tail) < _MAX_OUTPUTS:
+            lost, kept = _split(first, excess)
+            self._omitted_bytes += _text_size(lost.text)
+            self._tail.appendleft(kept)
+            self._tail_size += _size(kept)
+            return
+        self._omitted_bytes += _text_size(_plain(first))
+        self._omitted_media += any(mime != "text/plain" for mime in first.data)
+
+    def _afford(self, data: MimeData) -> MimeData:
+        """The formats that the media budget still has room for; plain text counts as text."""
+        cost = sum(_content_size(value) for mime, value in data.items() if mime != "text/plain")
+        if self._media_size + cost <= self._media_limit:
+            self._media_size += cost
+            return data
+        self._omitted_media += 1
+        return {mime: value for mime, value in data.items() if mime == "text/plain"}
+
+    def _update(self, event: UpdateDisplayData) -> None:
+        if event.display_id is None:
+            return
+        for outputs in (self._head, self._tail):
+            for index, output in enumerate(outputs):
+                if output.display_id == event.display_id:
+                    self._media_size -= sum(
+                        _content_size(value) for mime, value in output.data.items() if mime != "text/plain"
+                    )
+                    text = event.data.get("text/plain")
+                    if _content_size(text) > self._half:
+                        # An update may not bring in more text than an output of its own could have.
+                        self._omitted_bytes += _content_size(text)
+                        event = UpdateDisplayData({}, event.metadata, event.display_id)
+                    outputs[index] = Output(
+                        output.kind,
+                        data=self._afford(event.data),
+                        metadata=event.metadata,
+                        display_id=output.display_id,
+                        execution_count=output.execution_count,
+                    )
+
+    def outputs(self) -> list[Output]:
+        """What is kept, with a line in the place of what is not."""
+        note = [Output("stream", name="stderr", text=self._note())] if self._omitted_bytes else []
+        joined: list[Output] = []
+        for output in (*self._head, *note, *self._tail):
+            _push(joined, output)
+        return joined
+
+    def _note(self) -> str:
+        return f"\n... [{self._omitted_bytes} bytes of output left out] ...\n"
+
+    def text(self) -> str | None:
+        """All text in order, stripped at its ends; None if nothing is left."""
+        return join_text(self.outputs()) or None
+
+    def result(self, *, images: list[Image], execution_count: int, duration: float) -> ExecutionResult:
+        """The result so far."""
+        return ExecutionResult(
+            text=self.text(),
+            images=images,
+            outputs=self.outputs(),
+            omitted_bytes=self._omitted_bytes,
+            omitted_media=self._omitted_media,
+            restarted=self.restarted,
+            execution_count=execution_count,
+            duration=duration,
+        )
+
+
+def join_text(outputs: list[Output]) -> str:
+    """The text of outputs as one string: displays stand on lines of their own, errors are left to the exception."""
+    pieces: list[str] = []
+    for output in outputs:
+        if output.kind == "error":
+            continue
+        text = _plain(output)
+        if output.kind != "stream":
+            if pieces and not pieces[-1].endswith("\n"):
+                pieces.append("\n")
+            text += "\n" * bool(text)
+        if text:
+            pieces.append(text)
+    return "".join(pieces).strip()
+
+
+def image_types(data: MimeData) -> list[tuple[str, bytes]]:
+    """The images in a bundle, at most one: the first of PNG, JPEG, GIF, WebP, SVG."""
+    for mime in ("image/png", "image/jpeg", "image/gif", "image/webp", "image/svg+xml"):
+        value = data.get(mime)
+        if isinstance(value, str):
+            value = value.encode()
+        if isinstance(value, bytes) and value:
+            return [(mime, value)]
+    return []
+
+
+def strip_ansi(text: str) -> str:
+    """Text without colours and other escape sequences."""
+    return _ANSI.sub("", text)
+
+
+def _push(outputs: list[Output] | deque[Output], output: Output, below: int | None = None) -> None:
+    """Append; text joins that of the same stream before it, if that is shorter than `below`.
+
+    The bound keeps the cost of a frame small however many small ones there are.
+    """
+    last = outputs[-1] if outputs else None
+    if (
+        last is not None
+        and output.kind == last.kind == "stream"
+        and output.name == last.name
+        and (below is None or len(last.text) < below)
+    ):
+        outputs[-1] = Output("stream", name=output.name, text=last.text + output.text)
+    else:
+        outputs.append(output)
+
+
+def _split(output: Output, size: int) -> tuple[Output, Output]:
+    """A stream's text cut after about `size` bytes, never inside a character."""
+    data = output.text.encode()
+    while 0 < size < len(data) and data[size] & 0xC0 == 0x80:
+        size -= 1
+    return (
+        Output("stream", name=output.name, text=data[:size].decode()),
+        Output("stream", name=output.name, text=data[size:].decode()),
+    )
+
+
+def _plain(output: Output) -> str:
+    if output.kind in ("stream", "error"):
+        return output.text
+    text = output.data.get("text/plain", "")
+    return text if isinstance(text, str) else ""
+
+
+def _size(output: Output) -> int:
+    trace = _text_size(output.trace) if output.trace else 0
+    return _text_size(_plain(output)) + trace + (0 if output.kind == "stream" else _OVERHEAD)
+
+
+def _text_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _content_size(value: object) -> int:
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, str):
+        return _text_size(value)
+    return len(repr(value))

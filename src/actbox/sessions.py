@@ -1,0 +1,257 @@
+"""How a client comes to a session: by a door in this process, or over TCP with a token.
+
+A container opens a door at its port. A client in the same process finds it here by the port alone and gets a socket
+straight to its kernel; any other client connects to the port, where the container's gateway relays (see `gateway`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from actbox.errors import ConnectionError, ProtocolError, SandboxUnavailable
+from actbox.link import Link
+from actbox.protocol import messages
+from actbox.spec import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from actbox.protocol.frames import Frame
+
+READY_SECONDS = 60.0
+_TCP_SECONDS = 10.0
+# A client that has heard nothing for this many heartbeats takes the link for dead.
+_MISSED_BEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a session ended, as the supervisor saw it.
+
+    `status` is the kernel's wait status, None if it was not the kernel that ended; `killed` says that the host asked
+    for it; `gone` that the whole container went; `memory_limit` is set when the machine ran out of memory then.
+    """
+
+    status: int | None = None
+    killed: bool = False
+    gone: bool = False
+    memory_limit: int | None = None
+
+
+class Session(Protocol):
+    """One kernel, seen from its client."""
+
+    limits: Limits
+
+    async def receive(self) -> Frame | None:
+        """The kernel's next frame; None once it is gone. Raises `ProtocolError`."""
+        ...
+
+    async def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
+        """A frame to the kernel. Raises the built-in `ConnectionError`."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Whether the kernel is known to be gone."""
+        ...
+
+    def interrupt(self, cell: int) -> None:
+        """Have SIGINT sent if this cell still runs then."""
+        ...
+
+    def kill(self) -> None:
+        """Have the kernel and all it started killed."""
+        ...
+
+    async def exited(self, timeout: float) -> Exit | None:
+        """How it ended; None if that is not known within `timeout` seconds."""
+        ...
+
+    async def close(self) -> None:
+        """Kill, and wait within a bound until it is gone. Never raises."""
+        ...
+
+
+class Door(Protocol):
+    """What a running container offers to clients in its process."""
+
+    async def open_session(self, key: str | None) -> Session:
+        """A session in a fresh kernel that is ready for cells."""
+        ...
+
+
+_doors: dict[int, Door] = {}
+
+
+def open_door(port: int, door: Door) -> None:
+    """Let clients of this process find a container by its port."""
+    _doors[port] = door
+
+
+def close_door(port: int, door: Door) -> None:
+    """The opposite of `open_door`; another container's door at the same port is left alone."""
+    if _doors.get(port) is door:
+        del _doors[port]
+
+
+async def connect(
+    port: int, host: str, *, key: str | None, token: str | None, heartbeat: float
+) -> Session:
+    """A session at the container of this port.
+
+    Raises:
+        ConnectionError: nothing answers there, the token is wrong or missing, or the session cannot be made.
+        SandboxUnavailable: the session's boundary cannot be built.
+    """
+    door = _doors.get(port) if host in ("localhost", "127.0.0.1", "::1") else None
+    if door is not None:
+        return await door.open_session(key)
+    return await _connect_tcp(port, host, key=key, token=token, heartbeat=heartbeat)
+
+
+async def wait_ready(receive: Callable[[], Any], ended: Callable[[], Any]) -> None:
+    """Wait for a fresh kernel's first message.
+
+    Raises:
+        SandboxUnavailable: the guest's set-up says which layer failed.
+        ConnectionError: it ended, or gave no sign within 60 s.
+    """
+    try:
+        async with asyncio.timeout(READY_SECONDS):
+            frame: Frame | None = await receive()
+    except TimeoutError:
+        raise ConnectionError(f"the kernel was not ready within {READY_SECONDS:g} s") from None
+    if frame is None:
+        raise ConnectionError(f"the kernel ended before it was ready{await ended()}")
+    match messages.decode(frame):
+        case messages.Ready():
+            return
+        case messages.SetupFailed(layer, detail):
+            raise SandboxUnavailable(layer, detail, "Run `actbox doctor` for what this machine has.")
+        case _:
+            raise ProtocolError("the kernel's first message was not that it is ready")
+
+
+async def _connect_tcp(port: int, host: str, *, key: str | None, token: str | None, heartbeat: float) -> Session:
+    if token is None:
+        raise ConnectionError(
+            f"no container of this process has port {port}; to reach one of another process pass its token"
+        )
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_TCP_SECONDS):
+            _, link = await loop.create_connection(Link, host, port)
+    except (OSError, TimeoutError) as exc:
+        raise ConnectionError(f"no container answers at {host}:{port}: {exc or 'timed out'}") from exc
+    session = _RemoteSession(link, heartbeat)
+    try:
+        await session.greet(key, token)
+    except BaseException:
+        await session.close()
+        raise
+    return session
+
+
+class _RemoteSession:
+    """A session behind a gateway.
+
+    State: `_exit`, set when the gateway says how the kernel ended; `_beating`, the heartbeat's task; `_heard`, when
+    the gateway last gave a sign.
+    """
+
+    def __init__(self, link: Link, heartbeat: float) -> None:
+        self.limits = Limits()
+        self._link = link
+        self._heartbeat = heartbeat
+        self._exit: Exit | None = None
+        self._exited = asyncio.Event()
+        self._beating: asyncio.Task[None] | None = None
+        self._heard = 0.0
+
+    async def greet(self, key: str | None, token: str) -> None:
+        """Show the token, ask for a session, and wait until it is ready."""
+        try:
+            await self._link.send({"type": "hello", "token": token, "key": key})
+        except OSError as exc:
+            raise ConnectionError("the gateway closed the connection") from exc
+        try:
+            async with asyncio.timeout(READY_SECONDS + _TCP_SECONDS):
+                frame = await self._link.receive()
+        except TimeoutError:
+            raise ConnectionError("the gateway did not answer the greeting") from None
+        if frame is None:
+            raise ConnectionError("the gateway closed the connection")
+        if frame.header.get("type") != "welcome":
+            raise ConnectionError(f"the gateway refused: {ascii(frame.header.get('reason'))[:300]}")
+        limits = frame.header.get("limits")
+        if isinstance(limits, dict):
+            self.limits = Limits(**limits)
+        self._heard = asyncio.get_running_loop().time()
+        self._beating = asyncio.create_task(self._beat())
+
+    async def _beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._link.ended:
+            await asyncio.sleep(self._heartbeat)
+            if loop.time() - self._heard > _MISSED_BEATS * self._heartbeat:
+                self._link.close()
+                return
+            with contextlib.suppress(OSError):
+                await self._link.send({"type": "ping"})
+
+    async def receive(self) -> Frame | None:
+        while True:
+            frame = await self._link.receive()
+            self._heard = asyncio.get_running_loop().time()
+            if frame is None:
+                if self._exit is None:
+                    self._exit = Exit(gone=True)
+                self._exited.set()
+                return None
+            kind = frame.header.get("type")
+            if kind == "pong":
+                continue
+            if kind == "exited":
+                fact = frame.header
+                limit = fact.get("memory_limit")
+                status = fact.get("status")
+                self._exit = Exit(
+                    status if isinstance(status, int) else None,
+                    killed=fact.get("killed") is True,
+                    gone=fact.get("gone") is True,
+                    memory_limit=limit if isinstance(limit, int) else None,
+                )
+                self._exited.set()
+                return None
+            return frame
+
+    async def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
+        await self._link.send(header, payload)
+
+    @property
+    def ended(self) -> bool:
+        return self._link.ended
+
+    def interrupt(self, cell: int) -> None:
+        self._order({"type": "interrupt", "cell": cell})
+
+    def kill(self) -> None:
+        self._order({"type": "kill"})
+
+    def _order(self, header: dict[str, Any]) -> None:
+        task = asyncio.ensure_future(self._link.send(header))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def exited(self, timeout: float) -> Exit | None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._exited.wait(), timeout)
+        return self._exit
+
+    async def close(self) -> None:
+        if self._beating is not None:
+            self._beating.cancel()
+        await self._link.close_gracefully()
