@@ -1,1 +1,80 @@
-"""actbox."""
+"""actbox: a stateful, sandboxed, quick Python session for AI agents.
+
+The six names of `actbox.executor` are those of its ancestor; see the README for what differs.
+"""
+
+from actbox.client import ExecutionClient
+from actbox.container import ExecutionContainer
+from actbox.doctor import Layer, examine
+from actbox.dotenv import dotenv_variables
+from actbox.engines import build_environment
+from actbox.errors import (
+    ActboxError,
+    ConnectionError,
+    DotenvError,
+    EnvironmentBuildError,
+    EnvironmentNotFound,
+    ExecutionError,
+    ExecutionInterrupted,
+    ExecutionLost,
+    ExecutionTimeout,
+    InvalidArgument,
+    InvalidKey,
+    KernelDied,
+    PortInUse,
+    ProtocolError,
+    SandboxUnavailable,
+    StateError,
+    WorkspaceError,
+)
+from actbox.execution import Execution
+from actbox.executor import (
+    CodeExecutionContainer,
+    CodeExecutionEnvironment,
+    CodeExecutor,
+    execution_environment,
+)
+from actbox.logger import Logger
+from actbox.result import ExecutionResult, Image, Output
+from actbox.spec import Limits
+from actbox.workspace import Workspace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActboxError",
+    "CodeExecutionContainer",
+    "CodeExecutionEnvironment",
+    "CodeExecutor",
+    "ConnectionError",
+    "DotenvError",
+    "EnvironmentBuildError",
+    "EnvironmentNotFound",
+    "Execution",
+    "ExecutionClient",
+    "ExecutionContainer",
+    "ExecutionError",
+    "ExecutionInterrupted",
+    "ExecutionLost",
+    "ExecutionResult",
+    "ExecutionTimeout",
+    "Image",
+    "InvalidArgument",
+    "InvalidKey",
+    "KernelDied",
+    "Layer",
+    "Limits",
+    "Logger",
+    "Output",
+    "PortInUse",
+    "ProtocolError",
+    "SandboxUnavailable",
+    "StateError",
+    "Workspace",
+    "WorkspaceError",
+    "__version__",
+    "build_environment",
+    "dotenv_variables",
+    "examine",
+    "execution_environment",
+]

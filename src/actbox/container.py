@@ -143,6 +143,11 @@ class ExecutionContainer:
         """
         return "one sandbox per session" if self._separate else "nested namespaces"
 
+    @property
+    def nesting_refusal(self) -> str | None:
+        """What the machine refused, where every session gets a sandbox of its own; else None."""
+        return str(self._separate) if self._separate else None
+
     async def run(self) -> None:
         """Start the container.
 

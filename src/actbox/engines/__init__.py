@@ -6,13 +6,14 @@ import os
 from typing import TYPE_CHECKING
 
 from actbox.engines import environments
+from actbox.engines.environments import build as build_environment
 from actbox.engines.bubblewrap import BubblewrapEngine, explain
 from actbox.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from actbox.engines.base import Engine
 
-__all__ = ["NAMES", "available", "explain", "select"]
+__all__ = ["NAMES", "available", "build_environment", "explain", "select"]
 
 NAMES = ("auto", "bubblewrap")
 
@@ -36,4 +37,8 @@ def available(tag: str, modules: tuple[str, ...]) -> tuple[str, ...]:
         EnvironmentNotFound: nobody built it.
     """
     environment = environments.find(tag)
-    return tuple(module for module in modules if environment.has(module.split(".")[0]))
+    wanted = {module: [module.split(".")[0]] for module in modules}
+    if "matplotlib_inline.backend_inline" in wanted:
+        # It comes with IPython, and needs what IPython does not.
+        wanted["matplotlib_inline.backend_inline"].append("matplotlib")
+    return tuple(module for module, packages in wanted.items() if all(map(environment.has, packages)))

@@ -84,7 +84,7 @@ class Kernel:
             os._exit(0)
         if self._interrupts.delivered and isinstance(error, KeyboardInterrupt):
             reply["status"] = "interrupted"
-        elif error is not None and not _left_politely(error):
+        elif error is not None and not shells.ended_well(error):
             reply["status"] = "error"
         reply["execution_count"] = self._shell.execution_count - 1
         with contextlib.suppress(Exception):
@@ -127,11 +127,6 @@ def _left_over_loop() -> asyncio.AbstractEventLoop | None:
     return loop
 
 
-def _left_politely(error: BaseException) -> bool:
-    """`quit()`, `exit()`, `sys.exit()` and `sys.exit(0)` end a cell as they end a program: well."""
-    return isinstance(error, SystemExit) and error.code in (None, 0)
-
-
 def _prepare_process(start: dict[str, Any]) -> None:
     os.environ.update(start["env"])
     if "TZ" in start["env"]:
@@ -139,6 +134,7 @@ def _prepare_process(start: dict[str, Any]) -> None:
 
         time.tzset()
     os.chdir(start["cwd"])
+    os.environ["PWD"] = start["cwd"]
     sys.path[:0] = [*start["skills"], *([start["cwd"]] if start["cwd"] not in start["skills"] else [])]
     sys.argv = [""]
     # A skill's bytecode is not worth a folder of files among the user's own, and one that is stale for a second

@@ -13,6 +13,7 @@ import contextlib
 import getpass
 import json
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.displayhook import DisplayHook
@@ -134,6 +135,11 @@ class Shell(InteractiveShell):
     def enable_gui(self, gui: str | None = None) -> None:
         """There is no screen; figures are displayed inline."""
 
+    def showtraceback(self, *args: Any, **kwargs: Any) -> None:
+        """Show the current exception, unless it is how a cell ends well."""
+        if not ended_well(sys.exc_info()[1]):
+            super().showtraceback(*args, **kwargs)
+
     def _showtraceback(self, etype: type[BaseException] | None, evalue: BaseException | None, stb: list[str]) -> None:
         name = getattr(etype, "__name__", str(etype))
         try:
@@ -141,6 +147,11 @@ class Shell(InteractiveShell):
         except Exception as exc:  # noqa: BLE001 - the user's __str__ may do anything
             value = f"<{type(exc).__name__} in __str__>"
         send_error(name, value, "\n".join(stb))
+
+
+def ended_well(error: BaseException | None) -> bool:
+    """`quit()`, `exit()`, `sys.exit()` and `sys.exit(0)` end a cell as they end a program: well."""
+    return isinstance(error, SystemExit) and error.code in (None, 0)
 
 
 def send_error(name: str, value: str, trace: str) -> None:
@@ -153,6 +164,8 @@ def make_shell() -> Shell:
     """The shell, ready to be forked."""
     shell = Shell.instance()
     shell.autoawait = True
+    # There is no prompt to leave by Ctrl-D.
+    warnings.filterwarnings("ignore", message="To exit: use")
     _refuse_input()
     return shell
 

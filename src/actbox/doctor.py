@@ -1,0 +1,128 @@
+"""What works on this machine: each layer of the boundary, found out by building it and looking at it from inside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from actbox import engines
+from actbox.client import ExecutionClient
+from actbox.container import ExecutionContainer
+from actbox.engines.base import Layer
+from actbox.errors import ActboxError, SandboxUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Layer", "examine"]
+
+# Run as a cell: prints one line a fact, "name<TAB>value".
+_LOOK = """
+import os, socket
+with open("/proc/self/status") as file:
+    status = dict(line.rstrip("\\n").split(":\\t", 1) for line in file if ":\\t" in line)
+def denied(path, flags):
+    try:
+        os.close(os.open(path, flags, 0o600))
+    except OSError as error:
+        return type(error).__name__ if error.errno is None else os.strerror(error.errno)
+    return "allowed"
+def family(number):
+    try:
+        socket.socket(number, socket.SOCK_STREAM).close()
+    except OSError as error:
+        return os.strerror(error.errno)
+    return "allowed"
+with open("/proc/self/uid_map") as file:
+    uid_map = file.read().split()
+with open("/proc/net/dev") as file:
+    interfaces = file.read().splitlines()[2:]
+facts = {
+    "caps": max(status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")),
+    "nnp": status["NoNewPrivs"],
+    "seccomp": status["Seccomp"] + "/" + status.get("Seccomp_filters", "?"),
+    "uid_map": " ".join(uid_map),
+    "processes": str(sum(name.isdigit() for name in os.listdir("/proc"))),
+    "write_root": denied("/actbox-probe", os.O_CREAT | os.O_WRONLY),
+    "write_dev": denied("/dev/actbox-probe", os.O_CREAT | os.O_WRONLY),
+    "interfaces": ",".join(line.split(":")[0].strip() for line in interfaces),
+    "vsock": family(40),
+}
+for name, value in facts.items():
+    print(name, value, sep="\\t")
+"""
+
+
+async def examine(
+    engine: str = "auto", tag: str = "default", progress: Callable[[str], None] | None = None
+) -> list[Layer]:
+    """The layers of the boundary on this machine, by building a container and looking from inside a session.
+
+    Args:
+        engine: as of `ExecutionContainer`.
+        tag: the environment to run in.
+        progress: told in a line what is being tried.
+
+    Returns:
+        What was found, in the order in which it is needed; the first "missing" one explains why there are no more.
+
+    Raises:
+        InvalidArgument: there is no such engine.
+    """
+    tell = progress or (lambda _line: None)
+    tell("looking at the engine")
+    layers = await engines.select(engine).examine()
+    if any(layer.state == "missing" for layer in layers):
+        return layers
+    tell("building a sandbox")
+    try:
+        async with ExecutionContainer(tag, engine=engine, preload=(), show_pull_progress=False) as container:
+            layers.append(_nesting(container))
+            tell("looking around from inside a session")
+            async with ExecutionClient(container.port) as client:
+                result = await client.execute(_LOOK, timeout=30)
+            facts = dict(line.split("\t", 1) for line in (result.text or "").splitlines() if "\t" in line)
+            layers += _judge(facts)
+    except SandboxUnavailable as exc:
+        layers.append(Layer(exc.layer, "missing", exc.detail, exc.remedy))
+    except ActboxError as exc:
+        layers.append(Layer("session", "missing", str(exc)))
+    return layers
+
+
+def _nesting(container: ExecutionContainer) -> Layer:
+    if container.isolation == "nested namespaces":
+        return Layer("sessions apart", "on", "nested user, pid, mount, net, ipc and uts namespaces for each session")
+    return Layer(
+        "sessions apart",
+        "weaker",
+        f"one sandbox per session, slower to start: {container.nesting_refusal}",
+        "Allow nested user namespaces; on Ubuntu an AppArmor profile for bwrap may forbid them.",
+    )
+
+
+def _judge(facts: dict[str, str]) -> list[Layer]:
+    def layer(name: str, detail: str, *, holds: bool) -> Layer:
+        return Layer(name, "on" if holds else "missing", detail, "" if holds else "Report this: it should not happen.")
+
+    uid_map = facts.get("uid_map", "").split()
+    return [
+        layer(
+            "unprivileged inside and outside",
+            f"uid map {' '.join(uid_map)}",
+            holds=len(uid_map) == 3 and uid_map[1] != "0",  # noqa: PLR2004 - inside, outside, count
+        ),
+        layer("no capabilities", facts.get("caps", "?"), holds=facts.get("caps", "?").strip("0") == ""),
+        layer("no new privileges", facts.get("nnp", "?"), holds=facts.get("nnp") == "1"),
+        layer(
+            "system call filter",
+            f"mode/filters {facts.get('seccomp')}; vsock: {facts.get('vsock')}",
+            holds=facts.get("seccomp", "").startswith("2") and facts.get("vsock") != "allowed",
+        ),
+        layer("own /proc", f"{facts.get('processes')} processes visible", holds=int(facts.get("processes", "99")) < 9),
+        layer("no network", f"interfaces: {facts.get('interfaces')}", holds=facts.get("interfaces") == "lo"),
+        layer(
+            "read-only root and /dev",
+            f"{facts.get('write_root')}; {facts.get('write_dev')}",
+            holds="allowed" not in (facts.get("write_root"), facts.get("write_dev")),
+        ),
+    ]

@@ -1,0 +1,245 @@
+"""Containers and executors over a workspace: sessions with skills, a private folder, and saved images."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actbox.client import Execution, ExecutionClient
+from actbox.container import ExecutionContainer
+from actbox.dotenv import dotenv_variables
+from actbox.events import Died, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
+from actbox.files import ImageFolder
+from actbox.logger import Logger
+from actbox.spec import DEFAULT_TAG, Bind, bind_target, check_key
+from actbox.workspace import Workspace
+
+if TYPE_CHECKING:
+    from actbox.spec import Limits
+
+SHARED = "skills/shared"
+PRIVATE = "skills/private"
+_LOGGED_CHARACTERS = 10_000
+
+
+class CodeExecutionContainer(ExecutionContainer):
+    """An `ExecutionContainer` over a workspace.
+
+    Inside, `/app/skills/shared` holds the shared skills, read-only unless `readonly=()` is passed, and
+    `/app/skills/private/{key}` the folder of the executor with that key, and of no other.
+
+    Args:
+        tag: see `ExecutionContainer`, as all arguments that are not listed here.
+        workspace_path: the workspace's folder on the host, made when missing; "workspace" in the current folder by
+            default.
+        readonly: which of "skills/shared" and "skills/private" may not be written inside.
+
+    Raises:
+        WorkspaceError: (from `run`) the folder cannot be used, or holds symbolic links where none may be.
+    """
+
+    def __init__(
+        self,
+        tag: str = DEFAULT_TAG,
+        env: Mapping[str, str] | None = None,
+        port: int | None = None,
+        show_pull_progress: bool = True,  # noqa: FBT001, FBT002 - the ancestor's signature
+        workspace_path: str | Path | None = None,
+        *,
+        engine: str = "auto",
+        limits: Limits | None = None,
+        network: None = None,
+        preload: Collection[str] | None = None,
+        readonly: Collection[str] = (SHARED,),
+    ) -> None:
+        self._workspace = Workspace(workspace_path if workspace_path is not None else Path("workspace"))
+        super().__init__(
+            tag,
+            {str(self._workspace.shared_skills_path): SHARED, str(self._workspace.private_skills_path): PRIVATE},
+            env,
+            port,
+            show_pull_progress,
+            engine=engine,
+            limits=limits,
+            network=network,
+            preload=preload,
+            readonly=readonly,
+        )
+
+    def _make_binds(self, binds: Mapping[str, str] | None, readonly: Collection[str]) -> tuple[Bind, ...]:
+        return tuple(
+            Bind(bind.source, bind.target, readonly=bind.readonly, per_key=bind.target == bind_target(PRIVATE))
+            for bind in super()._make_binds(binds, readonly)
+        )
+
+    @property
+    def workspace(self) -> Workspace:
+        """The workspace on the host."""
+        return self._workspace
+
+    def prepare_folders(self) -> None:
+        """See `ExecutionContainer.prepare_folders`."""
+        self._workspace.prepare()
+
+    def prepare_key(self, key: str) -> None:
+        """See `ExecutionContainer.prepare_key`."""
+        self._workspace.prepare_key(key)
+
+
+class CodeExecutor(ExecutionClient):
+    """An `ExecutionClient` with a key: skills, a working directory and a folder of images of its own.
+
+    Images that cells produce are saved in `images_dir` under names that the host chooses; `result.images` says where.
+
+    Args:
+        key: names the executor's folders: 1 to 64 of A-Z, a-z, 0-9, '_' and '-', beginning with a letter or digit.
+        workspace: the workspace of the container.
+        args, kwargs: as of `ExecutionClient`: port, host, heartbeat_interval, token, interrupt_grace.
+        logger: where each execution is recorded, if given.
+
+    Raises:
+        InvalidKey: the key cannot be used; nothing was touched.
+    """
+
+    def __init__(
+        self, key: str, workspace: Workspace, *args: Any, logger: Logger | None = None, **kwargs: Any
+    ) -> None:
+        self._key = check_key(key)
+        self._workspace = workspace
+        self._logger = logger
+        super().__init__(*args, **kwargs)
+        self._images = ImageFolder(self.images_dir)
+
+    async def connect(self) -> None:
+        """Make the executor's folders, then connect; see `ExecutionClient.connect`.
+
+        Raises:
+            WorkspaceError: a folder cannot be used.
+        """
+        self._workspace.prepare_key(self._key)
+        await super().connect()
+
+    @property
+    def key(self) -> str:
+        """The executor's key."""
+        return self._key
+
+    @property
+    def workspace(self) -> Workspace:
+        """The workspace."""
+        return self._workspace
+
+    @property
+    def working_dir(self) -> Path:
+        """The executor's private folder on the host; inside it is the working directory."""
+        return self._workspace.private_skills_path / self._key
+
+    @property
+    def images_dir(self) -> Path:
+        """Where images are saved on the host. The guest does not see it."""
+        return self._workspace.images_path / self._key
+
+    @property
+    def skill_paths(self) -> list[Path]:
+        """The host folders whose modules are importable inside: shared, then private."""
+        return [self._workspace.shared_skills_path, self.working_dir]
+
+    @property
+    def session_key(self) -> str | None:
+        """See `ExecutionClient.session_key`."""
+        return self._key
+
+    def keep_image(self, data: bytes, mime_type: str) -> Path | None:
+        """See `ExecutionClient.keep_image`."""
+        return self._images.save(data, mime_type)
+
+    async def note_end(self, execution: Execution) -> None:
+        """See `ExecutionClient.note_end`."""
+        if self._logger is None or execution.outcome is None:
+            return
+        result = execution.so_far()
+        metadata: dict[str, Any] = {
+            "key": self._key,
+            "code": execution.code,
+            "outcome": type(execution.outcome).__name__,
+            "seconds": round(result.duration, 4),
+        }
+        if result.text:
+            metadata["text"] = result.text[:_LOGGED_CHARACTERS]
+        if result.images:
+            metadata["images"] = [str(image.path) for image in result.images]
+        if execution.restarted:
+            metadata["restarted"] = True
+        await self._logger.log(describe(execution.outcome), metadata)
+
+
+@dataclass
+class CodeExecutionEnvironment:
+    """A running container, an executor in it, and a logger."""
+
+    container: CodeExecutionContainer
+    executor: CodeExecutor
+    logger: Logger
+
+
+@asynccontextmanager
+async def execution_environment(  # noqa: PLR0913 - the ancestor's signature
+    executor_key: str = "default",
+    ipybox_tag: str = DEFAULT_TAG,
+    env_vars: Mapping[str, str] | None = None,
+    workspace_path: str | Path = Path("workspace"),
+    log_file: str | Path | None = Path("logs", "agent.log"),
+    *,
+    engine: str = "auto",
+    limits: Limits | None = None,
+    network: None = None,
+    preload: Collection[str] | None = None,
+    readonly: Collection[str] = (SHARED,),
+) -> AsyncIterator[CodeExecutionEnvironment]:
+    """A container, an executor and a logger, in one context.
+
+    Args:
+        executor_key: the executor's key.
+        ipybox_tag: the tag of the environment inside.
+        env_vars: variables of the session's `os.environ`. None reads them from `.env` in the current folder, if there
+            is one, when the context is entered, and exports them to this process too, as `dotenv_variables` does;
+            pass `{}` to keep them out of the sandbox.
+        workspace_path: see `CodeExecutionContainer`, as `engine` and all that follows it.
+        log_file: see `Logger`.
+    """
+    env = dotenv_variables() if env_vars is None else env_vars
+    async with (
+        Logger(log_file) as logger,
+        CodeExecutionContainer(
+            tag=ipybox_tag,
+            env=env,
+            workspace_path=workspace_path,
+            engine=engine,
+            limits=limits,
+            network=network,
+            preload=preload,
+            readonly=readonly,
+        ) as container,
+        CodeExecutor(executor_key, container.workspace, container.port, logger=logger) as executor,
+    ):
+        yield CodeExecutionEnvironment(container, executor, logger)
+
+
+def describe(outcome: Outcome) -> str:
+    """An outcome in a few words, for logs."""
+    match outcome:
+        case Finished(count):
+            return f"cell {count} finished"
+        case Failed(error, count):
+            return f"cell {count} failed: {error.name}"
+        case Interrupted(state_kept):
+            return f"cell interrupted, state {'kept' if state_kept else 'lost'}"
+        case TimedOut(timeout, state_kept):
+            return f"cell timed out after {timeout:g} s, state {'kept' if state_kept else 'lost'}"
+        case Died():
+            return "kernel died, state lost"
+        case Lost():
+            return "container lost"

@@ -1,0 +1,110 @@
+"""The workspace: a folder of the user's that containers share with the host, and its layout.
+
+::
+
+    path
+    ├── skills
+    │   ├── shared          skills of all executors; read-only inside, unless asked otherwise
+    │   └── private
+    │       └── {key}       skills of one executor, and its working directory
+    └── images
+        └── {key}           images that one executor produced
+
+The path itself is the user's and may be reached through symbolic links. Below it, guests may have written: every folder
+is opened without following links, by `files.open_folder`, and a key is checked before any path is made of it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from actbox.errors import InvalidArgument, WorkspaceError
+from actbox.files import open_folder
+from actbox.spec import check_key
+
+__all__ = ["Workspace"]
+
+
+class Workspace:
+    """The paths of a workspace. Constructing it makes nothing, `prepare` and `prepare_key` do.
+
+    `path` is made absolute, and symbolic links in it are resolved, when the object is constructed.
+
+    Raises:
+        InvalidArgument: `path` is empty, no path, or cannot name a folder (it holds a NUL).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, (str, Path)):  # pyright: ignore[reportUnnecessaryIsInstance] - callers need not be typed
+            raise InvalidArgument("path", path, "a workspace is named by a string or a Path")
+        if not str(path) or "\0" in str(path):
+            raise InvalidArgument("path", str(path), "pass the path of a folder: not empty, and without NUL")
+        try:
+            self._path = Path(os.path.realpath(path))
+        except (ValueError, OSError) as exc:
+            raise InvalidArgument("path", str(path), f"pass the path of a folder ({exc})") from exc
+
+    @property
+    def path(self) -> Path:
+        """The workspace itself: absolute, without symbolic links."""
+        return self._path
+
+    @property
+    def skills_path(self) -> Path:
+        """All skills."""
+        return self._path / "skills"
+
+    @property
+    def shared_skills_path(self) -> Path:
+        """Skills that all executors see."""
+        return self._path / "skills" / "shared"
+
+    @property
+    def private_skills_path(self) -> Path:
+        """The folder of folders, one a key, of skills that one executor sees."""
+        return self._path / "skills" / "private"
+
+    @property
+    def images_path(self) -> Path:
+        """The folder of folders, one a key, of images that one executor produced."""
+        return self._path / "images"
+
+    def prepare(self) -> None:
+        """Make the folders that are missing, the workspace itself among them. May be called at any time.
+
+        Raises:
+            WorkspaceError: one of them is a symbolic link, a file, or cannot be made.
+        """
+        self._make_root()
+        self._make("skills", "shared")
+        self._make("skills", "private")
+        self._make("images")
+
+    def prepare_key(self, key: str) -> tuple[Path, Path]:
+        """Make the folders of one executor, and those above that are missing; return (working_dir, images_dir).
+
+        Raises:
+            InvalidKey: nothing was made, and no path of the key was looked at.
+            WorkspaceError: a folder is a symbolic link, a file, cannot be made, or is not writable.
+        """
+        key = check_key(key)
+        self._make_root()
+        return self._make("skills", "private", key, writable=True), self._make("images", key, writable=True)
+
+    def __repr__(self) -> str:
+        return f"Workspace({str(self._path)!r})"
+
+    def _make_root(self) -> None:
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            problem = f"the workspace cannot be made ({exc.strerror}); pass a path where this user may make folders"
+            raise WorkspaceError(self._path, problem) from exc
+
+    def _make(self, *below: str, writable: bool = False) -> Path:
+        path = self._path.joinpath(*below)
+        with open_folder(self._path, *below, make=True) as folder:
+            if writable and not os.access(".", os.W_OK | os.X_OK, dir_fd=folder):
+                raise WorkspaceError(path, "the folder is not writable; make it writable for this user")
+        return path

@@ -1,0 +1,78 @@
+"""Fixtures of the one suite: every test that needs an engine gets it here, on every engine that this machine has."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from actbox import CodeExecutionContainer, CodeExecutor, SandboxUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The host's side is asyncio."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def engine() -> str:
+    """The engine under test."""
+    return "bubblewrap"
+
+
+@pytest.fixture(scope="session")
+async def container(engine: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[CodeExecutionContainer]:
+    """One running container over a workspace, for all tests that do not harm it; libraries are loaded."""
+    workspace = tmp_path_factory.mktemp("workspace")
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            made = await stack.enter_async_context(
+                CodeExecutionContainer(workspace_path=workspace, engine=engine, env={"GREETING": "hello"})
+            )
+        except SandboxUnavailable as exc:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(f"{engine}: {exc}")
+        await made.warmed()
+        yield made
+
+
+@pytest.fixture
+def key() -> str:
+    """A key that no other test has."""
+    return f"key-{next(_numbers)}"
+
+
+@pytest.fixture
+async def executor(container: CodeExecutionContainer, key: str) -> AsyncIterator[CodeExecutor]:
+    """A fresh session in the shared container."""
+    async with CodeExecutor(key, container.workspace, container.port) as made:
+        yield made
+
+
+@pytest.fixture
+async def make_executor(
+    container: CodeExecutionContainer,
+) -> AsyncIterator[Callable[[], contextlib.AbstractAsyncContextManager[CodeExecutor]]]:
+    """Makes more sessions in the shared container, each with a key of its own."""
+
+    def make() -> contextlib.AbstractAsyncContextManager[CodeExecutor]:
+        return CodeExecutor(f"key-{next(_numbers)}", container.workspace, container.port)
+
+    yield make
+
+
+@pytest.fixture
+def workspace_path(tmp_path: Path) -> Path:
+    """A folder for a container of the test's own."""
+    return tmp_path / "workspace"
