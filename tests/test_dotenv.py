@@ -189,7 +189,7 @@ def test_a_stream_is_read_in_place_of_the_file() -> None:
     Path(".env").write_text("ACTBOX_A=file\n")
     assert dotenv_variables(stream=io.StringIO("ACTBOX_A=stream\n")) == {"ACTBOX_A": "stream"}
     assert os.environ["ACTBOX_A"] == "stream"
-    with pytest.raises(DotenvError, match="stream.*line 2:"):
+    with pytest.raises(DotenvError, match=r"stream.*line 2:"):
         dotenv_variables(stream=io.StringIO("A=1\nB C\n"))
 
 

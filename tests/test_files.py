@@ -10,6 +10,7 @@ import secrets
 import signal
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +22,6 @@ from actbox.files import ImageFolder, image_extension, looks_like, open_folder
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-    from pathlib import Path
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 SAMPLES = {
@@ -126,7 +126,9 @@ def test_what_is_not_plainly_an_svg_is_none(data: bytes) -> None:
     assert not looks_like(data, "image/svg+xml")
 
 
-@pytest.mark.parametrize("data", [b" " * (1 << 24), b"<!---->" * (1 << 20), b"<!DOCTYPE >" * (1 << 20), b"<?" * (1 << 23)])
+@pytest.mark.parametrize(
+    "data", [b" " * (1 << 24), b"<!---->" * (1 << 20), b"<!DOCTYPE >" * (1 << 20), b"<?" * (1 << 23)]
+)
 def test_looking_at_a_long_text_takes_linear_time(data: bytes) -> None:
     assert not looks_like(data, "image/svg+xml")  # the suite's time bound is the assertion
 
@@ -228,7 +230,9 @@ def test_a_folder_that_became_a_link_between_two_images_is_refused(tmp_path: Pat
     assert list(outside.iterdir()) == []
 
 
-@pytest.mark.parametrize(("kind", "problem"), [("missing", "does not exist"), ("file", "not a folder"), ("fifo", "not a")])
+@pytest.mark.parametrize(
+    ("kind", "problem"), [("missing", "does not exist"), ("file", "not a folder"), ("fifo", "not a")]
+)
 def test_what_is_no_folder_is_refused_and_says_so(tmp_path: Path, kind: str, problem: str) -> None:
     images = tmp_path / "images"
     if kind == "file":
@@ -269,10 +273,14 @@ def test_a_folder_that_may_not_be_written_is_refused_with_a_remedy(tmp_path: Pat
         tmp_path.chmod(0o755)
 
 
+def descriptors() -> list[str]:
+    return sorted(found.name for found in Path("/proc/self/fd").iterdir())
+
+
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     folder.save(PNG, "image/png")
     with largest_file(50), pytest.raises(WorkspaceError):
         folder.save(PNG, "image/png")
@@ -280,7 +288,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
         pass
     with pytest.raises(WorkspaceError), open_folder(tmp_path, "link", make=True):
         pass
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
 
 
 def test_a_folder_is_entered_component_by_component_and_never_through_a_link(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import math
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actbox import logger as module
@@ -103,7 +103,7 @@ async def test_long_text_stands_behind_bars_below_its_first_line(file: Path) -> 
 async def test_an_error_is_logged_with_its_traceback(file: Path) -> None:
     async with Logger(str(file)) as logger:
         try:
-            1 / 0  # noqa: B018
+            _ = 1 / 0
         except ZeroDivisionError as exc:
             await logger.log_error(exc)
     lines = people(file).splitlines()
@@ -115,13 +115,15 @@ async def test_an_error_is_logged_with_its_traceback(file: Path) -> None:
     assert record["message"] == "ZeroDivisionError: division by zero"
     assert record["error"]["type"] == "ZeroDivisionError"
     assert record["error"]["message"] == "division by zero"
-    assert "1 / 0" in record["error"]["traceback"]
+    assert "_ = 1 / 0" in record["error"]["traceback"]
     assert record["error"]["trace"] is None
 
 
 async def test_an_error_of_a_cell_is_logged_with_the_traceback_inside_the_sandbox(file: Path) -> None:
     async with Logger(file) as logger:
-        await logger.log_error(ExecutionError("NameError: x", "Cell 1\n\x1b[31mNameError\x1b[0m\n2026-10-01T12:00 fake"))
+        await logger.log_error(
+            ExecutionError("NameError: x", "Cell 1\n\x1b[31mNameError\x1b[0m\n2026-10-01T12:00 fake")
+        )
     assert people(file) == textwrap.dedent(r"""
         T ERROR actbox.errors.ExecutionError: NameError: x
           | actbox.errors.ExecutionError: NameError: x
@@ -268,12 +270,16 @@ async def test_an_entry_is_what_it_was_when_it_was_logged(file: Path) -> None:
 
 
 TRICKS = st.sampled_from(
-    ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x1b[2J", "\x85", "\x9b1A", "\u2028", "\u2029", "\u202e", "\u2066"]
-    + ["\0", "\b", "\x7f", "\ud800", "2026-10-01T12:00:00.000Z ERROR forged", '{"time": "2026"}', "\n    key: value", "é"]
+    [
+        *("\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\0", "\b", "\x7f", "\ud800", "é"),
+        *("\x1b[2J", "\x9b1A", "\u202e", "\u2066", "    key: value", "  | text"),
+        *("2026-10-01T12:00:00.000Z ERROR forged", '{"time": "2026"}'),
+    ]
 )
 TEXTS = st.lists(TRICKS | st.text(), max_size=6).map("".join)
 
 
+@settings(deadline=None)  # it writes files, and machines differ
 @given(st.lists(st.tuples(TEXTS, TEXTS, st.dictionaries(TEXTS, TEXTS | st.lists(TEXTS), max_size=2)), max_size=5))
 def test_no_text_can_forge_an_entry(
     tmp_path_factory: pytest.TempPathFactory, entries: list[tuple[str, str, dict[str, Any]]]
@@ -294,7 +300,6 @@ def test_no_text_can_forge_an_entry(
         return
     assert len(heads(file)) == len(records(file)) == 2 * len(entries)
     assert all(re.match(r"T( |$)", head) for head in heads(file))
-    assert all(char == "\n" or (char.isprintable() or ord(char) > 0xA0) for char in people(file))
     assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", people(file))
     # Behind a bar is a message's line, behind four spaces is metadata: neither can pass for the other.
     facts = sum(len(metadata) for _, _, metadata in entries)
@@ -532,9 +537,10 @@ async def test_files_that_somebody_closed_are_reported_once(file: Path, caplog: 
     async with Logger(file) as logger:
         await logger.log("kept")
         with anyio.fail_after(5):
-            while not file.with_suffix(".jsonl").exists() or not records(file):  # noqa: ASYNC110 - another thread's work
-                await anyio.sleep(0)
-        for each in logger._writer._files:
+            jsonl = file.with_suffix(".jsonl")
+            while not jsonl.exists() or not jsonl.stat().st_size:
+                await anyio.lowlevel.checkpoint()
+        for each in logger._writer._files:  # pyright: ignore[reportPrivateUsage]
             each.close()
         await logger.log("lost")
         await logger.log("lost")
@@ -639,13 +645,12 @@ async def test_the_caller_of_an_entry_that_is_a_task_of_its_own_is_unknown(file:
 
 
 async def test_a_forgotten_logger_says_so_and_still_writes_everything(file: Path) -> None:
-    logger = Logger(file)
+    held = [Logger(file)]
     for _ in range(1000):
-        await logger.log("message")
-    finished = logger._writer.finished
+        await held[0].log("message")
+    finished = held[0]._writer.finished  # pyright: ignore[reportPrivateUsage]
     with pytest.warns(ResourceWarning, match="not closed"):
-        del logger
-        gc.collect()
+        held.clear()
     await anyio.to_thread.run_sync(finished.result, 5)
     assert len(records(file)) == 1000
 

@@ -334,5 +334,3 @@ def _death(exit_: Exit | None) -> Died:
     if os.WIFSIGNALED(exit_.status):
         return Died(signal=os.WTERMSIG(exit_.status), memory_limit=exit_.memory_limit)
     return Died(exit_code=os.waitstatus_to_exitcode(exit_.status))
-
-

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import os
+import re
 import secrets
+import signal
 import socket
 import sys
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,9 +32,11 @@ from actbox.spec import DEFAULT_TAG, Bind, ContainerSpec, Limits, check_key, mak
 from actbox.supervision import NestingRefused, Supervision
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
     from types import TracebackType
 
     from actbox.engines.base import Boundary, Engine
+    from actbox.protocol.frames import Frame
 
 logger = logging.getLogger(__name__)
 
@@ -362,11 +367,10 @@ class _LocalSession:
         self._number: int | None = None
         self._exit: Exit | None = None
         self._exited = asyncio.Event()
+        self._oom_kills = oom_kills()
 
     async def start(self, config: dict[str, Any]) -> None:
         """Have the kernel forked, and wait until it is ready."""
-        import json
-
         host, guest = socket.socketpair()
         with guest:
             try:
@@ -385,7 +389,7 @@ class _LocalSession:
             return ": the container is gone"
         return f" (wait status {exit_.status})" if exit_ is not None else ""
 
-    async def receive(self) -> Any:
+    async def receive(self) -> Frame | None:
         return await self._link.receive() if self._link is not None else None
 
     async def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
@@ -427,6 +431,9 @@ class _LocalSession:
         self._tell(Exit(gone=True))
 
     def _note_exit(self, exit_: Exit) -> None:
+        # A kernel may kill itself; that the machine killed something for memory meanwhile tells the other case.
+        if _was_killed(exit_) and oom_kills() > self._oom_kills:
+            exit_ = replace(exit_, memory_limit=self.limits.memory)
         with contextlib.suppress(RuntimeError):
             # The client's loop may be closed: then nobody waits.
             self._loop.call_soon_threadsafe(self._tell, exit_)
@@ -452,8 +459,23 @@ def _bind(port: int | None) -> socket.socket:
     return listener
 
 
+def _was_killed(exit_: Exit) -> bool:
+    """Whether SIGKILL ended the kernel, and not on the host's word."""
+    status = exit_.status
+    return not exit_.killed and status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def oom_kills() -> int:
+    """How often this machine has killed a process for memory since it started; 0 where it does not tell."""
+    with contextlib.suppress(OSError), open("/proc/vmstat", "rb") as file:  # noqa: PTH123 - read at each start
+        found = re.search(rb"^oom_kill (\d+)$", file.read(), re.MULTILINE)
+        return int(found[1]) if found else 0
+    return 0
+
+
 def _say(line: str) -> None:
-    print(f"actbox: {line}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"actbox: {line}\n")
+    sys.stderr.flush()
 
 
 def _nothing() -> None:

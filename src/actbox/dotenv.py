@@ -21,7 +21,7 @@ _DEFAULT_PATH = Path(".env")
 _OPTIONS = {"encoding": "utf-8", "interpolate": True, "override": False, "stream": None, "verbose": False}
 
 
-def dotenv_variables(dotenv_path: Path = _DEFAULT_PATH, export: bool = True, **kwargs: Any) -> dict[str, str]:  # noqa: ANN401, FBT001, FBT002
+def dotenv_variables(dotenv_path: Path = _DEFAULT_PATH, export: bool = True, **kwargs: Any) -> dict[str, str]:  # noqa: FBT001, FBT002
     """Read a `.env` file and return its variables; names without a value (`FOO` alone) are left out.
 
     Args:

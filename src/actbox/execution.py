@@ -39,7 +39,7 @@ from actbox.files import looks_like
 from actbox.result import ExecutionResult, Fold, Image, image_types, strip_ansi
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Generator
     from pathlib import Path
 
     from actbox.spec import Limits
@@ -223,7 +223,7 @@ class Execution:
     # -- inside --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _deadline(self, timeout: float) -> Iterator[None]:
+    def _deadline(self, timeout: float) -> Generator[None]:
         check_timeout(timeout)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(timeout, self._client.stop, self, "timeout", timeout)
@@ -240,7 +240,7 @@ class Execution:
             finally:
                 waiting.cancel()
 
-    async def _or_interrupt(self, waiting: asyncio.Future[None] | asyncio.Future[bool]) -> None:
+    async def _or_interrupt(self, waiting: Awaitable[object]) -> None:
         try:
             await waiting
         except asyncio.CancelledError:

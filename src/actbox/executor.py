@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from actbox.spec import DEFAULT_TAG, Bind, bind_target, check_key
 from actbox.workspace import Workspace
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Collection, Mapping
+
     from actbox.spec import Limits
 
 SHARED = "skills/shared"
@@ -104,9 +105,7 @@ class CodeExecutor(ExecutionClient):
         InvalidKey: the key cannot be used; nothing was touched.
     """
 
-    def __init__(
-        self, key: str, workspace: Workspace, *args: Any, logger: Logger | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, key: str, workspace: Workspace, *args: Any, logger: Logger | None = None, **kwargs: Any) -> None:
         self._key = check_key(key)
         self._workspace = workspace
         self._logger = logger
@@ -186,7 +185,7 @@ class CodeExecutionEnvironment:
 
 
 @asynccontextmanager
-async def execution_environment(  # noqa: PLR0913 - the ancestor's signature
+async def execution_environment(
     executor_key: str = "default",
     ipybox_tag: str = DEFAULT_TAG,
     env_vars: Mapping[str, str] | None = None,
@@ -198,7 +197,7 @@ async def execution_environment(  # noqa: PLR0913 - the ancestor's signature
     network: None = None,
     preload: Collection[str] | None = None,
     readonly: Collection[str] = (SHARED,),
-) -> AsyncIterator[CodeExecutionEnvironment]:
+) -> AsyncGenerator[CodeExecutionEnvironment]:
     """A container, an executor and a logger, in one context.
 
     Args:
@@ -207,8 +206,13 @@ async def execution_environment(  # noqa: PLR0913 - the ancestor's signature
         env_vars: variables of the session's `os.environ`. None reads them from `.env` in the current folder, if there
             is one, when the context is entered, and exports them to this process too, as `dotenv_variables` does;
             pass `{}` to keep them out of the sandbox.
-        workspace_path: see `CodeExecutionContainer`, as `engine` and all that follows it.
+        workspace_path: see `CodeExecutionContainer`.
         log_file: see `Logger`.
+        engine: see `CodeExecutionContainer`, as all that follow.
+        limits: see there.
+        network: see there.
+        preload: see there.
+        readonly: see there.
     """
     env = dotenv_variables() if env_vars is None else env_vars
     async with (

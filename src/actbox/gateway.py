@@ -12,17 +12,17 @@ import contextlib
 import hmac
 import logging
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from actbox.errors import ActboxError, ProtocolError
 from actbox.link import Link
-from actbox.sessions import Exit
+from actbox.sessions import Door, Exit
 
 if TYPE_CHECKING:
     import socket
 
     from actbox.protocol.frames import Frame
-    from actbox.sessions import Door, Session
+    from actbox.sessions import Session
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,13 @@ _MAX_STRANGERS = 64
 # What a gateway says itself; a kernel that says it lies.
 _GATEWAY_TYPES = frozenset({"welcome", "refused", "exited", "pong"})
 _EXIT_SECONDS = 5.0
+
+
+class _TokenDoor(Door, Protocol):
+    """A door that strangers must show a token at."""
+
+    @property
+    def token(self) -> str: ...
 
 
 class Gateway:
@@ -165,10 +172,3 @@ async def _outward(session: Session, link: Link) -> None:
     fact: dict[str, Any] = asdict(exit_)
     with contextlib.suppress(OSError):
         await link.send({"type": "exited", **fact})
-
-
-if TYPE_CHECKING:
-
-    class _TokenDoor(Door):
-        @property
-        def token(self) -> str: ...

@@ -295,7 +295,7 @@ def _push(outputs: list[Output] | deque[Output], output: Output, below: int | No
 def _split(output: Output, size: int) -> tuple[Output, Output]:
     """A stream's text cut after about `size` bytes, never inside a character."""
     data = output.text.encode()
-    while 0 < size < len(data) and data[size] & 0xC0 == 0x80:
+    while 0 < size < len(data) and data[size] & 0xC0 == 0x80:  # noqa: PLR2004 - UTF-8's continuation bytes
         size -= 1
     return (
         Output("stream", name=output.name, text=data[:size].decode()),

@@ -98,9 +98,7 @@ def close_door(port: int, door: Door) -> None:
         del _doors[port]
 
 
-async def connect(
-    port: int, host: str, *, key: str | None, token: str | None, heartbeat: float
-) -> Session:
+async def connect(port: int, host: str, *, key: str | None, token: str | None, heartbeat: float) -> Session:
     """A session at the container of this port.
 
     Raises:
@@ -187,9 +185,8 @@ class _RemoteSession:
             raise ConnectionError("the gateway closed the connection")
         if frame.header.get("type") != "welcome":
             raise ConnectionError(f"the gateway refused: {ascii(frame.header.get('reason'))[:300]}")
-        limits = frame.header.get("limits")
-        if isinstance(limits, dict):
-            self.limits = Limits(**limits)
+        limits: dict[str, int] = frame.header.get("limits", {})
+        self.limits = Limits(**limits)
         self._heard = asyncio.get_running_loop().time()
         self._beating = asyncio.create_task(self._beat())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -93,7 +94,7 @@ class ContainerSpec:
         # The leaf rule: nothing is ever mounted or created beneath a folder that a session may have written, because
         # the session could have put a symbolic link in the way (GHSA-pxhw-h44j-8pfx in bubblewrap before 0.12).
         targets = sorted(bind.target for bind in self.binds)
-        for upper, lower in zip(targets, targets[1:], strict=False):
+        for upper, lower in itertools.pairwise(targets):
             if lower.is_relative_to(upper):
                 raise InvalidArgument("binds", str(lower), f"it lies beneath the bind {upper}; binds may not nest")
         size = 0

@@ -71,6 +71,7 @@ class Supervision:
             "nested": layout.nested,
             "guest_path": layout.guest_path,
             "extra_path": list(layout.extra_path),
+            "seeds": layout.seeds,
         }
         if not preload:
             self._warmed.set()

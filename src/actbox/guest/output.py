@@ -209,7 +209,7 @@ class OutStream(io.TextIOBase):
         self.buffer = _Buffer(name, write_raw)
 
     def write(self, text: str, /) -> int:
-        if not isinstance(text, str):
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance] - the guest's code is not typed
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
         if text:
             self._write(self._name, text)
@@ -263,7 +263,7 @@ def _chunks(data: bytes) -> list[bytes]:
     start = 0
     while start < len(data):
         stop = min(start + CHUNK_BYTES, len(data))
-        while stop < len(data) and data[stop] & 0xC0 == 0x80:
+        while stop < len(data) and data[stop] & 0xC0 == 0x80:  # noqa: PLR2004 - UTF-8's continuation bytes
             stop -= 1
         pieces.append(data[start:stop])
         start = stop

@@ -1,3 +1,5 @@
+# IPython's own types are partly unknown.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """Edited skills take effect at the next cell.
 
 IPython's autoreload, asked about the modules below the skill folders alone: to look at every module that pandas and
@@ -7,6 +9,7 @@ matplotlib load would cost each cell more than the rest of its round trip.
 from __future__ import annotations
 
 import sys
+from importlib.machinery import FileFinder
 from typing import TYPE_CHECKING
 
 from IPython.extensions.autoreload import ModuleReloader
@@ -43,7 +46,7 @@ class SkillReloader:
         """Make imports of this cell see the folders as they are now."""
         for folder in self._folders:
             finder = sys.path_importer_cache.get(folder.rstrip("/"))
-            if finder is not None and hasattr(finder, "invalidate_caches"):
+            if isinstance(finder, FileFinder):
                 finder.invalidate_caches()
         self._remember()
         if self._reloader.modules:

@@ -16,16 +16,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import sys
+import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..protocol import frames
 from . import interrupts, isolation
+from .caches import plant
 from .kernel import Kernel, close_other_files
 
 if TYPE_CHECKING:
     import mmap
+    import socket
+    from types import FrameType
 
     from .reload import SkillReloader
     from .shell import Shell
@@ -36,12 +38,13 @@ _START_SECONDS = 10
 class Start:
     """What a session needs from the supervisor, handed on by fork."""
 
-    def __init__(  # noqa: PLR0913 - everything a forked child takes along, named once
+    def __init__(
         self,
         stream: socket.socket,
         status: int,
         page: mmap.mmap,
         binds: list[dict[str, Any]],
+        seeds: list[list[str]],
         shell: Shell,
         reloader: SkillReloader,
         *,
@@ -51,6 +54,7 @@ class Start:
         self.status = status
         self.page = page
         self.binds = binds
+        self.seeds = seeds
         self.shell = shell
         self.reloader = reloader
         self.nested = nested
@@ -90,7 +94,7 @@ def _run_second(start: Start, config: dict[str, Any]) -> NoReturn:
         isolation.set_limits(limits)
         isolation.give_up_rights()
         # From here on the kernel, which has the same user, cannot open this process's memory or files.
-        isolation.set_dumpable(False)
+        isolation.set_dumpable(value=False)
         kernel = fork_kernel(start, config)
         start.stream.close()
         _stand_watch(start, kernel)
@@ -103,7 +107,10 @@ def _run_second(start: Start, config: dict[str, Any]) -> NoReturn:
 
 
 def _stand_watch(start: Start, kernel: int) -> NoReturn:
-    signal.signal(signal.SIGINT, lambda *_: interrupts.forward(start.page, kernel))
+    def forward(_number: int, _frame: FrameType | None) -> None:
+        interrupts.forward(start.page, kernel)
+
+    signal.signal(signal.SIGINT, forward)
     while True:
         pid, status = os.wait()
         if pid == kernel:
@@ -122,7 +129,7 @@ def fork_kernel(start: Start, config: dict[str, Any]) -> int:
     try:
         os.close(start.status)
         os.setsid()
-        isolation.set_dumpable(True)
+        isolation.set_dumpable(value=True)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         os.dup2(out[1], 1)
@@ -131,9 +138,10 @@ def fork_kernel(start: Start, config: dict[str, Any]) -> int:
         os.dup2(null, 0)
         keep = {0, 1, 2, start.stream.fileno(), out[0], err[0]}
         close_other_files(keep)
+        plant(start.seeds)
         Kernel(start.stream, (out[0], err[0]), start.page, start.shell, start.reloader).serve(config)
     except BaseException:  # noqa: BLE001 - the last place where it can be told
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
         os._exit(71)
     finally:
         os._exit(0)
@@ -147,9 +155,7 @@ def _read_config(stream: socket.socket) -> dict[str, Any]:
         if not data:
             raise EOFError("the host closed the session's stream")
         decoder.feed(data)
-    config = json.loads(frame.payload)
-    if not isinstance(config, dict):
-        raise TypeError("the session's configuration is no object")
+    config: dict[str, Any] = json.loads(frame.payload)
     return config
 
 

@@ -1,3 +1,5 @@
+# IPython's own types are partly unknown.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """IPython as people know it, with its outputs turned into events.
 
 The shell is made once, by the supervisor, before any session exists; a session's kernel inherits it by fork and
@@ -26,7 +28,7 @@ from traitlets import Any as AnyTrait
 from traitlets import Type
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from .output import Channel
 
@@ -70,7 +72,7 @@ outputs = _Outputs()
 class Publisher(DisplayPublisher):
     """`display()`, `update_display()` and `clear_output()`."""
 
-    def publish(  # noqa: PLR0913 - IPython's signature
+    def publish(
         self,
         data: dict[str, Any],
         metadata: dict[str, Any] | None = None,
@@ -114,7 +116,7 @@ class Shell(InteractiveShell):
 
     def init_history(self) -> None:
         self.history_manager = QuietHistory(shell=self, parent=self)
-        self.configurables.append(self.history_manager)
+        self.configurables.append(self.history_manager)  # pyright: ignore[reportArgumentType]
 
     def init_virtualenv(self) -> None:
         """The interpreter inside is the right one already."""
@@ -124,7 +126,7 @@ class Shell(InteractiveShell):
         self.set_hook("show_in_pager", as_hook(display_page), 99)
 
     @contextlib.contextmanager
-    def _tee(self, channel: str) -> Iterator[None]:  # noqa: ARG002
+    def _tee(self, channel: str) -> Generator[None]:  # noqa: ARG002
         """IPython 9 keeps a copy of all that a cell prints; a session's memory is not for that."""
         yield
 
@@ -222,5 +224,5 @@ def connect(channel: Channel) -> None:
     from .output import OutStream
 
     outputs.channel = channel
-    sys.stdout = sys.__stdout__ = OutStream("stdout", channel.text, channel.raw)  # pyright: ignore
-    sys.stderr = sys.__stderr__ = OutStream("stderr", channel.text, channel.raw)  # pyright: ignore
+    sys.stdout = sys.__stdout__ = OutStream("stdout", channel.text, channel.raw)  # pyright: ignore[reportAttributeAccessIssue]
+    sys.stderr = sys.__stderr__ = OutStream("stderr", channel.text, channel.raw)  # pyright: ignore[reportAttributeAccessIssue]

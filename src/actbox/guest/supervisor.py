@@ -24,8 +24,11 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import interrupts, isolation, seccomp
+from .caches import plant
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from .reload import SkillReloader
     from .shell import Shell
 
@@ -55,12 +58,13 @@ class Supervisor:
         self._binds: list[dict[str, Any]] = layout["binds"]
         self._preload: list[str] = list(layout["preload"])
         self._nested: bool = layout["nested"]
+        self._seeds: list[list[str]] = layout["seeds"]
         self._sessions: dict[int, _Session] = {}
         self._shell: Shell
         self._reloader: SkillReloader
         self._children, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGCHLD, _note_child)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._poller = select.poll()
         self._poller.register(control, select.POLLIN)
@@ -74,6 +78,7 @@ class Supervisor:
             # The host starts another container for each session instead; this one is of no use.
             self._send({"op": "no-nesting", "layer": refusal.layer, "errno": refusal.errno, "detail": refusal.detail})
             return
+        plant(self._seeds)
         from .reload import SkillReloader
         from .shell import make_shell
 
@@ -83,7 +88,7 @@ class Supervisor:
             # A container of one session: nobody else to serve while the libraries load.
             while self._preload:
                 self._preload_next()
-            isolation.set_dumpable(False)
+            isolation.set_dumpable(value=False)
         gc.collect()
         gc.freeze()
         self._send({"op": "ready", "seconds": time.monotonic() - began, "python": sys.version.split()[0]})
@@ -140,7 +145,7 @@ class Supervisor:
 
         page = mmap.mmap(-1, interrupts.PAGE)
         status, writer = os.pipe2(os.O_CLOEXEC)
-        start = Start(stream, writer, page, self._binds, self._shell, self._reloader, nested=self._nested)
+        start = Start(stream, writer, page, self._binds, self._seeds, self._shell, self._reloader, nested=self._nested)
         with warnings.catch_warnings():
             # Libraries may hold threads of their own (OpenBLAS does); they restart them after a fork.
             warnings.simplefilter("ignore")
@@ -199,9 +204,7 @@ class Supervisor:
         """Both ends are known to be gone: nobody holds the status pipe any more."""
         del self._sessions[session.number]
         session.page.close()
-        self._send(
-            {"op": "exited", "session": session.number, "status": session.wait_status, "killed": session.killed}
-        )
+        self._send({"op": "exited", "session": session.number, "status": session.wait_status, "killed": session.killed})
         self._reap()
 
     def _reap(self) -> None:
@@ -218,6 +221,10 @@ class Supervisor:
     def _send(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._control.send(json.dumps(message).encode())
+
+
+def _note_child(_number: int, _frame: FrameType | None) -> None:
+    """A handler must stand for the wake-up descriptor to be written to."""
 
 
 def probe_nesting(binds: list[dict[str, Any]]) -> isolation.LayerError | None:

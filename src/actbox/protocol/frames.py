@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,14 +112,14 @@ def parse_header(data: bytes) -> dict[str, Any]:
         FrameError: it is anything else.
     """
     try:
-        header = json.loads(
+        header: Any = json.loads(
             data, parse_constant=_refuse, parse_int=_bounded_int, parse_float=_finite, object_pairs_hook=_unique
         )
     except (ValueError, RecursionError) as exc:
         raise FrameError(f"bad header: {type(exc).__name__}") from exc
     if type(header) is not dict:
         raise FrameError("bad header: not an object")
-    return header
+    return cast("dict[str, Any]", header)
 
 
 def _refuse(constant: str) -> float:

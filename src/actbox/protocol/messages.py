@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from actbox.errors import ProtocolError
 from actbox.events import (
@@ -69,7 +69,7 @@ def decode(frame: Frame) -> Message:
     match header.get("type"):
         case "stream":
             name = header.get("name")
-            if name == "stdout" or name == "stderr":
+            if name in ("stdout", "stderr"):
                 return Stream(name, frame.payload.decode("utf-8", "replace"))
         case "display_data":
             return DisplayData(_bundle(frame), _mapping(header), _display_id(header))
@@ -98,12 +98,12 @@ def decode(frame: Frame) -> Message:
 
 
 def _bundle(frame: Frame) -> dict[str, Any]:
-    parts = frame.header.get("parts")
-    if type(parts) is not list or len(parts) > _MAX_PARTS:
+    parts: Any = frame.header.get("parts")
+    if type(parts) is not list or len(cast("list[Any]", parts)) > _MAX_PARTS:
         raise ProtocolError("a display without a list of parts")
     data: dict[str, Any] = {}
     start = 0
-    for part in parts:
+    for part in cast("list[Any]", parts):
         match part:
             case [str(mime), str(form), int(size)] if len(mime) <= _MAX_NAME and size >= 0:
                 block = frame.payload[start : start + size]
@@ -130,10 +130,10 @@ def _content(form: str, block: bytes) -> Any:
 
 
 def _mapping(header: dict[str, Any]) -> dict[str, Any]:
-    value = header.get("metadata")
+    value: Any = header.get("metadata")
     if type(value) is not dict:
         raise ProtocolError("a display whose metadata is no object")
-    return value
+    return cast("dict[str, Any]", value)
 
 
 def _display_id(header: dict[str, Any]) -> str | None:
