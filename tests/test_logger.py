@@ -301,9 +301,10 @@ def test_no_text_can_forge_an_entry(
     assert len(heads(file)) == len(records(file)) == 2 * len(entries)
     assert all(re.match(r"T( |$)", head) for head in heads(file))
     assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", people(file))
-    # Behind a bar is a message's line, behind four spaces is metadata: neither can pass for the other.
+    # Behind a bar is a message's line, behind four spaces is metadata, behind six and a bar a line of its value: none
+    # can pass for another.
     facts = sum(len(metadata) for _, _, metadata in entries)
-    assert len(re.findall(r"^    ", people(file), flags=re.MULTILINE)) == facts
+    assert len(re.findall(r"^ {4}(?! {2}\|)", people(file), flags=re.MULTILINE)) == facts
     logged = [record for record in records(file) if record["kind"] == "message"]
     assert [(*record["context"], record["message"], record["metadata"]) for record in logged] == entries
 

@@ -13,6 +13,7 @@ from actbox.dotenv import dotenv_variables
 from actbox.events import Died, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
 from actbox.files import ImageFolder
 from actbox.logger import Logger
+from actbox.result import strip_ansi
 from actbox.spec import DEFAULT_TAG, Bind, bind_target, check_key
 from actbox.workspace import Workspace
 
@@ -166,6 +167,9 @@ class CodeExecutor(ExecutionClient):
             "outcome": type(execution.outcome).__name__,
             "seconds": round(result.duration, 4),
         }
+        if isinstance(execution.outcome, Failed):
+            error = execution.outcome.error
+            metadata["error"] = strip_ansi(error.traceback)[-_LOGGED_CHARACTERS:] or f"{error.name}: {error.value}"
         if result.text:
             metadata["text"] = result.text[:_LOGGED_CHARACTERS]
         if result.images:

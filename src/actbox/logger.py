@@ -329,6 +329,9 @@ def _for_people(line: str) -> str:
           | import math
           | print(math.pi)
             tokens: 12
+            answer:
+              | first line
+              | second line
     """
     record: dict[str, Any] = json.loads(line)
     first, *rest = record["message"].split("\n")
@@ -343,7 +346,12 @@ def _for_people(line: str) -> str:
     metadata: dict[str, Any] = record["metadata"] or {}
     for key, value in metadata.items():
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        lines.append(f"    {_one_line(key)}: {_one_line(shown)}")
+        first, *rest = shown.split("\n")
+        if rest:
+            lines.append(f"    {_one_line(key)}:")
+            lines += [f"      | {_one_line(text)}" for text in (first, *rest)]
+        else:
+            lines.append(f"    {_one_line(key)}: {_one_line(first)}")
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 

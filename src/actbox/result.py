@@ -226,7 +226,7 @@ class Fold:
         return f"\n... [{self._omitted_bytes} bytes of output left out] ...\n"
 
     def text(self) -> str | None:
-        """All text in order, stripped at its ends; None if nothing is left."""
+        """All text in order, without blank lines at its ends; None if nothing is left."""
         return join_text(self.outputs()) or None
 
     def result(self, *, images: list[Image], execution_count: int, duration: float) -> ExecutionResult:
@@ -256,7 +256,8 @@ def join_text(outputs: list[Output]) -> str:
             text += "\n" * bool(text)
         if text:
             pieces.append(text)
-    return "".join(pieces).strip()
+    # Leading blanks belong to the first line: tables are aligned by them.
+    return "".join(pieces).rstrip().lstrip("\n")
 
 
 def image_types(data: MimeData) -> list[tuple[str, bytes]]:
