@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 
     from actbox.spec import Limits
 
+__all__ = [
+    "CodeExecutionContainer",
+    "CodeExecutionEnvironment",
+    "CodeExecutor",
+    "Workspace",
+    "dotenv_variables",
+    "execution_environment",
+]
+
 SHARED = "skills/shared"
 PRIVATE = "skills/private"
 _LOGGED_CHARACTERS = 10_000
