@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -73,7 +74,16 @@ class BubblewrapEngine(Engine):
         made = plan.make_plan(facts, spec, nested=nested, key=key)
         seeds = ((f"{plan.WARM}/matplotlib", plan.MATPLOTLIB),) if facts.warm is not None else ()
         layout = Layout(plan.GUEST, made.extra_path, seeds, nested)
-        return await asyncio.to_thread(_launch, bwrap, made, layout)
+        launching = asyncio.ensure_future(asyncio.to_thread(_launch, bwrap, made, layout))
+        try:
+            boundary = await asyncio.shield(launching)
+        except asyncio.CancelledError:
+            # The thread goes on whatever becomes of this task: what it started must not be left behind.
+            with contextlib.suppress(SandboxUnavailable):
+                await (await launching).close()
+            raise
+        boundary.watch()
+        return boundary
 
     async def examine(self) -> list[Layer]:
         """See `Engine.examine`."""
@@ -92,14 +102,38 @@ class BubblewrapEngine(Engine):
 
 
 class _BubblewrapBoundary(Boundary):
-    """State: the process, its output's file, and whether `close` has run."""
+    """State: the process, its output's file, a descriptor that tells its end while watched, whether `close` has run."""
 
     def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, output: int, layout: Layout) -> None:
         self.control = control
         self.layout = layout
         self._process = process
         self._output = output
+        self._ending: int | None = None
+        self._loop: asyncio.AbstractEventLoop
         self._closed = False
+
+    def watch(self) -> None:
+        """Have the process group killed as soon as bwrap ends.
+
+        When bwrap fails half-way through its set-up it leaves a child that waits for ever, and holds our end of the
+        control socket open.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._ending = os.pidfd_open(self._process.pid)
+        self._loop.add_reader(self._ending, self._kill_group)
+
+    def _kill_group(self) -> None:
+        self._unwatch()
+        # bwrap has ended but is not reaped: its number is still this group's.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _unwatch(self) -> None:
+        if self._ending is not None:
+            self._loop.remove_reader(self._ending)
+            os.close(self._ending)
+            self._ending = None
 
     def complaint(self) -> str:
         """See `Boundary.complaint`."""
@@ -110,6 +144,7 @@ class _BubblewrapBoundary(Boundary):
         if self._closed:
             return
         self._closed = True
+        self._unwatch()
         # The supervisor is pid 1 of the sandbox: when its control socket ends it ends, and everything with it.
         with contextlib.suppress(OSError):
             self.control.shutdown(socket.SHUT_RDWR)
@@ -363,15 +398,20 @@ class _Staging:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Wait a moment for the sandbox to end by itself, then kill it; returns when it is reaped."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_CLOSE_SECONDS / 5)
-        return
-    # bwrap's child is the sandbox's pid 1 and gets SIGKILL when bwrap ends (--die-with-parent). The group covers a
-    # child that still waits for its set-up and is not bwrap's to kill yet.
-    for kill in (process.kill, lambda: os.killpg(process.pid, signal.SIGKILL)):
-        with contextlib.suppress(ProcessLookupError):
-            kill()
+    """Wait a moment for the sandbox to end by itself, then kill what is left of it; returns when it is reaped."""
+    if process.returncode is None:
+        ending = os.pidfd_open(process.pid)
+        try:
+            poller = select.poll()
+            poller.register(ending, select.POLLIN)
+            poller.poll(1000 * _CLOSE_SECONDS / 5)
+        finally:
+            os.close(ending)
+        # bwrap's child is the sandbox's pid 1 and gets SIGKILL when bwrap ends (--die-with-parent). The group covers
+        # a child that waits in its set-up. Not reaped yet, the number is surely still this group's.
+        for kill in (os.kill, os.killpg):
+            with contextlib.suppress(ProcessLookupError):
+                kill(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_CLOSE_SECONDS)
 

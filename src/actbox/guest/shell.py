@@ -172,6 +172,19 @@ def make_shell() -> Shell:
     return shell
 
 
+def warm_up(shell: Shell) -> None:
+    """Import, before any fork, what IPython imports at its first cell and at its first traceback.
+
+    The cell is this one, never a guest's; it leaves no trace in the namespace or the history.
+    """
+    shell.run_cell("pass", store_history=False, silent=True)
+    try:
+        raise ValueError
+    except ValueError:
+        shell.InteractiveTB.structured_traceback(*sys.exc_info())
+        shell.SyntaxTB.structured_traceback(SyntaxError, SyntaxError("", ("", 1, 1, "", 1, 1)), None)
+
+
 def _refuse_input() -> None:
     def refuse(*_args: object, **_kwargs: object) -> str:
         raise StdinNotImplementedError(

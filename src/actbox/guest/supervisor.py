@@ -80,9 +80,10 @@ class Supervisor:
             return
         plant(self._seeds)
         from .reload import SkillReloader
-        from .shell import make_shell
+        from .shell import make_shell, warm_up
 
         self._shell = make_shell()
+        warm_up(self._shell)
         self._reloader = SkillReloader(self._shell)
         if not self._nested:
             # A container of one session: nobody else to serve while the libraries load.
