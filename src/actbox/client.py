@@ -240,30 +240,25 @@ class ExecutionClient:
 
     async def _run_in(self, execution: Execution, session: Session, cell: int) -> Outcome | None:
         """Send the cell and follow it to its end; None if the kernel was gone before it began."""
-        begun = False
         try:
             code = execution.code.encode("utf-8", "surrogatepass")
             await session.send({"type": "execute", "id": cell}, code)
             while (frame := await session.receive()) is not None:
                 message = messages.decode(frame)
                 match message:
-                    case messages.Busy(number) if number == cell and not begun:
-                        begun = True
-                    case messages.Reply(number, status, count) if number == cell and begun:
+                    case messages.Reply(number, status, count) if number == cell:
                         return self._ending(execution, status, count)
-                    case messages.Busy() | messages.Reply() | messages.Ready() | messages.SetupFailed():
+                    case messages.Reply() | messages.Ready() | messages.SetupFailed():
                         raise ProtocolError(f"the kernel sent a {type(message).__name__} out of turn")
-                    case _ if begun:
-                        await execution.take(message)
                     case _:
-                        raise ProtocolError("the kernel sent output before it began the cell")
+                        await execution.take(message)
         except ProtocolError as exc:
             await self._drop(session)
             return Lost(f"the session was ended, its guest broke the rules of the wire: {exc}", violation=True)
         except (OSError, frames.FrameError):
             # The stream ended while it was written to.
             pass
-        return await self._after_end(execution, session, begun=begun)
+        return await self._after_end(execution, session, cell)
 
     def _ending(self, execution: Execution, status: str, count: int) -> Outcome:
         stop = self._stops.get(id(execution))
@@ -276,7 +271,7 @@ class ExecutionClient:
             return Finished(count)
         return Failed(error or Error("KeyboardInterrupt" if status == "interrupted" else "Error", "", ""), count)
 
-    async def _after_end(self, execution: Execution, session: Session, *, begun: bool) -> Outcome | None:
+    async def _after_end(self, execution: Execution, session: Session, cell: int) -> Outcome | None:
         exit_ = await session.exited(_EXIT_SECONDS / 5)
         if exit_ is None:
             # The kernel closed its stream but lives on: it is of no more use.
@@ -290,7 +285,7 @@ class ExecutionClient:
             if stop.why == "timeout":
                 return TimedOut(stop.timeout, state_kept=False)
             return Interrupted(state_kept=False)
-        if not begun:
+        if exit_ is not None and exit_.begun != cell and not execution.has_output:
             return None
         return _death(exit_)
 

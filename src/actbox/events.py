@@ -23,11 +23,12 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class DisplayData:
-    """The result of `display(...)`; `display_id` if it may be updated later."""
+    """The result of `display(...)`; `display_id` if it may be updated later, `left_out` formats were too large."""
 
     data: MimeData
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     display_id: str | None = None
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class UpdateDisplayData:
     data: MimeData
     metadata: Mapping[str, Any]
     display_id: str | None
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class ExecuteResult:
     data: MimeData
     metadata: Mapping[str, Any]
     execution_count: int
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)

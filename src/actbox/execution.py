@@ -7,6 +7,7 @@ when it will not end, is the client's affair.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from actbox.errors import (
 from actbox.events import (
     Died,
     DisplayData,
+    Error,
     Event,
     ExecuteResult,
     Failed,
@@ -34,15 +36,18 @@ from actbox.events import (
     Outcome,
     Stream,
     TimedOut,
+    UpdateDisplayData,
 )
 from actbox.files import looks_like
-from actbox.result import ExecutionResult, Fold, Image, image_types, strip_ansi
+from actbox.result import ExecutionResult, Fold, Image, bundle_size, image_types, strip_ansi
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Generator
     from pathlib import Path
 
     from actbox.spec import Limits
+
+logger = logging.getLogger(__name__)
 
 # Events that wait for a reader. With one attached the guest has to wait beyond this; without, they are left out.
 _BACKLOG_BYTES = 1 << 20
@@ -80,6 +85,7 @@ class Execution:
         self._events_size = 0
         self._unread_bytes = 0
         self._readers = 0
+        self._released = False
         self._changed: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._outcome: Outcome | None = None
@@ -191,19 +197,22 @@ class Execution:
             for mime, data in image_types(event.data):
                 await self._take_image(mime, data)
         self._fold.add(event)
+        if not isinstance(event, Stream):
+            # Frames that are at hand are taken without a pause: costly ones must leave the loop to others too.
+            await asyncio.sleep(0)
         size = _backlog_size(event)
         full = self._events_size + size > _BACKLOG_BYTES or len(self._events) >= _BACKLOG_EVENTS
-        if full and not self._readers:
+        if full and (not self._readers or self._released):
             self._unread_bytes += size
             return
         self._give_event(event)
-        while self._readers and self._outcome is None and self._events_size > _BACKLOG_BYTES:
+        while self._readers and not self._released and self._outcome is None and self._events_size > _BACKLOG_BYTES:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
     def release(self) -> None:
         """Let the kernel's output through though the reader is slow: the cell is being ended."""
-        self._readers = -(1 << 30)
+        self._released = True
         self._make_room()
 
     def end(self, outcome: Outcome) -> None:
@@ -214,6 +223,11 @@ class Execution:
             self._ended.set()
             self._notify()
             self._make_room()
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the kernel has sent anything of this cell."""
+        return self._fold is not None and self._fold.used
 
     @property
     def fold(self) -> Fold | None:
@@ -253,7 +267,12 @@ class Execution:
         if self._image_bytes + len(data) > self._media_limit or len(self._images) >= _MAX_IMAGES:
             return
         self._image_bytes += len(data)
-        path = await asyncio.to_thread(self._keep_image, data, mime)
+        try:
+            path = await asyncio.to_thread(self._keep_image, data, mime)
+        except OSError as exc:
+            # The caller's disk, not the cell's fault: the image itself is in the result.
+            logger.warning("an image was not saved: %s", exc)
+            path = None
         self._images.append(Image(data, mime, path))
 
     def _give_event(self, event: Event) -> None:
@@ -325,8 +344,16 @@ class Execution:
 
 
 def _backlog_size(event: Event) -> int:
-    """What an event that waits for its reader counts; a display's content is bounded by the media limit."""
-    return len(event.text) if isinstance(event, Stream) else 1024
+    """What an event that waits for its reader counts, in bytes or so."""
+    match event:
+        case Stream(_, text):
+            return len(text)
+        case DisplayData() | ExecuteResult() | UpdateDisplayData():
+            return 1024 + bundle_size(event.data, event.metadata)
+        case Error(_, value, trace):
+            return len(value) + len(trace)
+        case _:
+            return 64
 
 
 def check_timeout(timeout: object) -> None:

@@ -28,10 +28,21 @@ class Link(asyncio.BufferedProtocol):
     """See the module's text.
 
     State: the decoder and what it holds; `_queue`, decoded frames not yet taken, with their size; `_waiter`, the one
-    task that waits for a frame; `_ended`, why no more will come.
+    task that waits for a frame; `_ended`, whether no more will come; `heard`, when bytes last arrived, in the loop's
+    time.
+
+    Args:
+        on_end: called once when the other side is gone.
+        max_payload: bytes of a frame's payload at the most.
+        swallow: frames for which it is true are not delivered.
     """
 
-    def __init__(self, on_end: Callable[[], None] | None = None, max_payload: int = frames.MAX_PAYLOAD) -> None:
+    def __init__(
+        self,
+        on_end: Callable[[], None] | None = None,
+        max_payload: int = frames.MAX_PAYLOAD,
+        swallow: Callable[[frames.Frame], bool] | None = None,
+    ) -> None:
         self._decoder = frames.Decoder(max_payload)
         self._buffer = bytearray(_READ)
         self._view = memoryview(self._buffer)
@@ -44,6 +55,8 @@ class Link(asyncio.BufferedProtocol):
         self._ended = False
         self._violation: ProtocolError | None = None
         self._on_end = on_end
+        self._swallow = swallow
+        self.heard = 0.0
 
     @classmethod
     async def over(cls, sock: socket.socket, on_end: Callable[[], None] | None = None) -> Link:
@@ -123,6 +136,7 @@ class Link(asyncio.BufferedProtocol):
         return self._view
 
     def buffer_updated(self, nbytes: int) -> None:
+        self.heard = asyncio.get_running_loop().time()
         self._decoder.feed(self._view[:nbytes])
         self._take_frames()
 
@@ -133,6 +147,8 @@ class Link(asyncio.BufferedProtocol):
                 frame = self._decoder.next_frame()
                 if frame is None:
                     break
+                if self._swallow is not None and self._swallow(frame):
+                    continue
                 self._queue.append(frame)
                 self._queued += len(frame.payload)
             full = len(self._queue) >= _HIGH_FRAMES or self._queued >= _HIGH_BYTES

@@ -112,6 +112,7 @@ class Fold:
         self._half = output_limit // 2
         self._media_limit = media_limit
         self.restarted = False
+        self.used = False
         self.error: Error | None = None
         self._reset()
 
@@ -128,10 +129,11 @@ class Fold:
 
     def add(self, event: Event) -> None:
         """Take in the next event."""
+        if isinstance(event, KernelRestarted):
+            self.restarted = True
+            return
+        self.used = True
         match event:
-            case KernelRestarted():
-                self.restarted = True
-                return
             case ClearOutput(wait):
                 self._clear_next = wait
                 if not wait:
@@ -145,10 +147,8 @@ class Fold:
                 output = Output("error", name=name, text=value, trace=trace)
             case Stream(name, text):
                 output = Output("stream", name=name, text=text)
-            case DisplayData(data, metadata, display_id):
-                output = Output("display_data", data=self._afford(data), metadata=metadata, display_id=display_id)
-            case ExecuteResult(data, metadata, count):
-                output = Output("execute_result", data=self._afford(data), metadata=metadata, execution_count=count)
+            case DisplayData() | ExecuteResult():
+                output = self._display(event)
         if self._clear_next:
             self._reset()
         self._append(output)
@@ -167,6 +167,9 @@ class Fold:
                 self._head_size = self._half
         _push(self._tail, output, _MERGE_BELOW)
         self._tail_size += _size(output)
+        self._trim_tail()
+
+    def _trim_tail(self) -> None:
         while self._tail_size > self._half or len(self._tail) > _MAX_OUTPUTS:
             self._drop_first()
 
@@ -175,7 +178,7 @@ class Fold:
         excess = self._tail_size - self._half
         self._tail_size -= _size(first)
         if first.kind == "stream" and _size(first) > excess > 0 and len(self._tail) < _MAX_OUTPUTS:
-            lost, kept = _split(first, excess)
+            lost, kept = _split(first, excess, up=True)
             self._omitted_bytes += _text_size(lost.text)
             self._tail.appendleft(kept)
             self._tail_size += _size(kept)
@@ -183,14 +186,20 @@ class Fold:
         self._omitted_bytes += _text_size(_plain(first))
         self._omitted_media += any(mime != "text/plain" for mime in first.data)
 
-    def _afford(self, data: MimeData) -> MimeData:
-        """The formats that the media budget still has room for; plain text counts as text."""
-        cost = sum(_content_size(value) for mime, value in data.items() if mime != "text/plain")
-        if self._media_size + cost <= self._media_limit:
-            self._media_size += cost
-            return data
-        self._omitted_media += 1
-        return {mime: value for mime, value in data.items() if mime == "text/plain"}
+    def _display(self, event: DisplayData | ExecuteResult | UpdateDisplayData) -> Output:
+        """A display as an output, with what the media budget still has room for; plain text counts as text."""
+        self._omitted_media += event.left_out > 0
+        data, metadata = event.data, event.metadata
+        cost = bundle_size(data, metadata) - _content_size(data.get("text/plain"))
+        if self._media_size + cost > self._media_limit:
+            self._omitted_media += 1
+            data = {mime: value for mime, value in data.items() if mime == "text/plain"}
+            metadata = dict[str, Any]()
+            cost = bundle_size(data, metadata) - _content_size(data.get("text/plain"))
+        self._media_size += cost
+        if isinstance(event, ExecuteResult):
+            return Output("execute_result", data=data, metadata=metadata, execution_count=event.execution_count)
+        return Output("display_data", data=data, metadata=metadata, display_id=event.display_id)
 
     def _update(self, event: UpdateDisplayData) -> None:
         if event.display_id is None:
@@ -198,21 +207,24 @@ class Fold:
         for outputs in (self._head, self._tail):
             for index, output in enumerate(outputs):
                 if output.display_id == event.display_id:
-                    self._media_size -= sum(
-                        _content_size(value) for mime, value in output.data.items() if mime != "text/plain"
-                    )
-                    text = event.data.get("text/plain")
-                    if _content_size(text) > self._half:
-                        # An update may not bring in more text than an output of its own could have.
-                        self._omitted_bytes += _content_size(text)
-                        event = UpdateDisplayData({}, event.metadata, event.display_id)
-                    outputs[index] = Output(
-                        output.kind,
-                        data=self._afford(event.data),
-                        metadata=event.metadata,
-                        display_id=output.display_id,
-                        execution_count=output.execution_count,
-                    )
+                    self._media_size -= bundle_size(output.data, output.metadata)
+                    self._media_size += _content_size(output.data.get("text/plain"))
+                    self._replace(outputs, index, self._display(event))
+        self._trim_tail()
+
+    def _replace(self, outputs: list[Output] | deque[Output], index: int, new: Output) -> None:
+        """Put an updated display in its place, without more text than its half of the budget has room for."""
+        old, in_head = outputs[index], outputs is self._head
+        room = self._half - (self._head_size if in_head else 0) + _size(old)
+        if _size(new) > room:
+            self._omitted_bytes += _text_size(_plain(new))
+            data = {mime: value for mime, value in new.data.items() if mime != "text/plain"}
+            new = Output(new.kind, data=data, metadata=new.metadata, display_id=new.display_id)
+        outputs[index] = new
+        if in_head:
+            self._head_size += _size(new) - _size(old)
+        else:
+            self._tail_size += _size(new) - _size(old)
 
     def outputs(self) -> list[Output]:
         """What is kept, with a line in the place of what is not."""
@@ -293,11 +305,11 @@ def _push(outputs: list[Output] | deque[Output], output: Output, below: int | No
         outputs.append(output)
 
 
-def _split(output: Output, size: int) -> tuple[Output, Output]:
-    """A stream's text cut after about `size` bytes, never inside a character."""
+def _split(output: Output, size: int, *, up: bool = False) -> tuple[Output, Output]:
+    """A stream's text cut after `size` bytes; inside a character the cut goes before it, or with `up` behind it."""
     data = output.text.encode()
     while 0 < size < len(data) and data[size] & 0xC0 == 0x80:  # noqa: PLR2004 - UTF-8's continuation bytes
-        size -= 1
+        size += 1 if up else -1
     return (
         Output("stream", name=output.name, text=data[:size].decode()),
         Output("stream", name=output.name, text=data[size:].decode()),
@@ -320,7 +332,15 @@ def _text_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
+def bundle_size(data: MimeData, metadata: Mapping[str, Any]) -> int:
+    """The bytes or so of a display: contents, names and metadata."""
+    contents = sum(len(mime) + _content_size(value) for mime, value in data.items())
+    return contents + (_content_size(metadata) if metadata else 0)
+
+
 def _content_size(value: object) -> int:
+    if value is None:
+        return 0
     if isinstance(value, bytes):
         return len(value)
     if isinstance(value, str):

@@ -31,11 +31,13 @@ _MISSED_BEATS = 3
 class Exit:
     """How a session ended, as the supervisor saw it.
 
-    `status` is the kernel's wait status, None if it was not the kernel that ended; `killed` says that the host asked
-    for it; `gone` that the whole container went; `memory_limit` is set when the machine ran out of memory then.
+    `status` is the kernel's wait status, None if it was not the kernel that ended; `begun` the last cell that it had
+    begun; `killed` says that the host asked for it; `gone` that the whole container went; `memory_limit` is set when
+    the machine ran out of memory then.
     """
 
     status: int | None = None
+    begun: int = 0
     killed: bool = False
     gone: bool = False
     memory_limit: int | None = None
@@ -142,7 +144,7 @@ async def _connect_tcp(port: int, host: str, *, key: str | None, token: str | No
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(_TCP_SECONDS):
-            _, link = await loop.create_connection(Link, host, port)
+            _, link = await loop.create_connection(lambda: Link(swallow=_is_pong), host, port)
     except (OSError, TimeoutError) as exc:
         raise ConnectionError(f"no container answers at {host}:{port}: {exc or 'timed out'}") from exc
     session = _RemoteSession(link, heartbeat)
@@ -154,11 +156,15 @@ async def _connect_tcp(port: int, host: str, *, key: str | None, token: str | No
     return session
 
 
+def _is_pong(frame: Frame) -> bool:
+    """A gateway's sign of life: that it arrived is all it says."""
+    return frame.header.get("type") == "pong"
+
+
 class _RemoteSession:
     """A session behind a gateway.
 
-    State: `_exit`, set when the gateway says how the kernel ended; `_beating`, the heartbeat's task; `_heard`, when
-    the gateway last gave a sign.
+    State: `_exit`, set when the gateway says how the kernel ended; `_beating`, the heartbeat's task.
     """
 
     def __init__(self, link: Link, heartbeat: float) -> None:
@@ -168,7 +174,6 @@ class _RemoteSession:
         self._exit: Exit | None = None
         self._exited = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
-        self._heard = 0.0
 
     async def greet(self, key: str | None, token: str) -> None:
         """Show the token, ask for a session, and wait until it is ready."""
@@ -187,14 +192,13 @@ class _RemoteSession:
             raise ConnectionError(f"the gateway refused: {ascii(frame.header.get('reason'))[:300]}")
         limits: dict[str, int] = frame.header.get("limits", {})
         self.limits = Limits(**limits)
-        self._heard = asyncio.get_running_loop().time()
         self._beating = asyncio.create_task(self._beat())
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
         while not self._link.ended:
             await asyncio.sleep(self._heartbeat)
-            if loop.time() - self._heard > _MISSED_BEATS * self._heartbeat:
+            if loop.time() - self._link.heard > _MISSED_BEATS * self._heartbeat:
                 self._link.close()
                 return
             with contextlib.suppress(OSError):
@@ -203,21 +207,19 @@ class _RemoteSession:
     async def receive(self) -> Frame | None:
         while True:
             frame = await self._link.receive()
-            self._heard = asyncio.get_running_loop().time()
             if frame is None:
                 if self._exit is None:
                     self._exit = Exit(gone=True)
                 self._exited.set()
                 return None
-            kind = frame.header.get("type")
-            if kind == "pong":
-                continue
-            if kind == "exited":
+            if frame.header.get("type") == "exited":
                 fact = frame.header
                 limit = fact.get("memory_limit")
                 status = fact.get("status")
+                begun = fact.get("begun")
                 self._exit = Exit(
                     status if isinstance(status, int) else None,
+                    begun if isinstance(begun, int) else 0,
                     killed=fact.get("killed") is True,
                     gone=fact.get("gone") is True,
                     memory_limit=limit if isinstance(limit, int) else None,

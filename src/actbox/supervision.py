@@ -169,7 +169,8 @@ class Supervision:
                 with self._lock:
                     listener = self._listeners.pop(number, None)
                 if listener is not None:
-                    listener(Exit(message.get("status"), killed=bool(message.get("killed"))))
+                    status, begun, killed = (message.get(field) for field in ("status", "begun", "killed"))
+                    listener(Exit(status, begun or 0, killed=bool(killed)))
             case {"op": "preloaded", "module": str(module), "error": error, "left": int(left)}:
                 if error is not None:
                     self.preload_errors[module] = str(error)

@@ -1,7 +1,8 @@
 """SIGINT reaches the cell it was meant for, and never tears a frame.
 
 The supervisor writes the number of the cell to be interrupted into a page that it shares with this kernel, then sends
-the signal. A signal that arrives late finds another number and does nothing.
+the signal. A signal that arrives late finds another number and does nothing. The same page tells the supervisor, when
+the kernel has died, which cell it had begun.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PAGE = 4096
 _NUMBER = struct.Struct("<q")
 _TARGET = 0
 _CURRENT = 8
+_BEGUN = 16
 
 
 def target(page: mmap.mmap) -> int:
@@ -30,6 +32,11 @@ def target(page: mmap.mmap) -> int:
 def set_target(page: mmap.mmap, cell: int) -> None:
     """Name the cell that the next SIGINT is for."""
     _NUMBER.pack_into(page, _TARGET, cell)
+
+
+def begun(page: mmap.mmap) -> int:
+    """The last cell that the kernel began, by its own account; 0 for none."""
+    return _NUMBER.unpack_from(page, _BEGUN)[0]
 
 
 def wanted(page: mmap.mmap) -> bool:
@@ -58,10 +65,15 @@ class Interrupts:
         signal.signal(signal.SIGINT, self._handle)
 
     def begin(self, cell: int) -> None:
-        """A cell runs from now on."""
+        """A cell runs from now on. Raises KeyboardInterrupt if it was to be interrupted before it began."""
         self.delivered = False
         self._pending = False
+        _NUMBER.pack_into(self._page, _BEGUN, cell)
         _NUMBER.pack_into(self._page, _CURRENT, cell)
+        # The order may have overtaken the cell: then its signal found nothing to interrupt.
+        if wanted(self._page):
+            self.delivered = True
+            raise KeyboardInterrupt
 
     def end(self) -> None:
         """No cell runs any more: a SIGINT does nothing."""

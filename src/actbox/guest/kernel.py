@@ -62,7 +62,7 @@ class Kernel:
         _prepare_process(start)
         self._reloader.watch(start["skills"])
         gc.enable()
-        self._channel.send({"type": "ready", "python": sys.version.split()[0], "ipython": _ipython_version()})
+        self._channel.now({"type": "ready", "python": sys.version.split()[0], "ipython": _ipython_version()})
         while (frame := self._next_request()) is not None:
             if frame.header.get("type") == "execute":
                 self._run(int(frame.header["id"]), frame.payload.decode("utf-8", "replace"))
@@ -70,24 +70,27 @@ class Kernel:
     def _run(self, cell: int, code: str) -> None:
         self._interrupts.install()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        self._channel.begin({"type": "busy", "id": cell})
+        self._channel.begin()
+        shells.outputs.told_error = False
         reply: dict[str, Any] = {"type": "execute_reply", "id": cell, "status": "ok"}
-        self._interrupts.begin(cell)
         try:
+            self._interrupts.begin(cell)
             self._reloader.before_cell()
             result = self._shell.run_cell(code, store_history=True)
             error = result.error_before_exec or result.error_in_exec
         except KeyboardInterrupt as exc:
             # It came outside the user's code, where IPython does not catch it.
             error = exc
-        self._interrupts.end()
         if os.getpid() != self._pid:
             # A child that the cell forked has come to the end of the cell: it is no kernel.
             os._exit(0)
+        self._interrupts.end()
         if self._interrupts.delivered and isinstance(error, KeyboardInterrupt):
             reply["status"] = "interrupted"
         elif error is not None and not shells.ended_well(error):
             reply["status"] = "error"
+        if reply["status"] != "ok" and not shells.outputs.told_error and error is not None:
+            shells.send_error(*shells.in_short(error))
         reply["execution_count"] = self._shell.execution_count - 1
         with contextlib.suppress(Exception):
             sys.stdout.flush()

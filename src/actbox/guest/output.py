@@ -2,13 +2,17 @@
 
 Three sources meet in one buffer under one lock: Python's streams, and the two pipes behind file descriptors 1 and 2
 (subprocesses, C code, forked children). Whoever writes through Python first takes in what the pipes hold, so that
-`print`, `os.system` and `display` keep their order. One thread empties the pipes meanwhile and flushes text that waits.
+`print`, `os.system` and `display` keep their order. One thread empties the pipes meanwhile, and sends what waits.
+
+What a cell puts out waits BATCH_SECONDS for more, so that a burst of prints is one frame and a short cell, its result
+and its reply are one write. A timer descriptor wakes the thread for that: nothing is woken for a cell that is shorter.
 """
 
 from __future__ import annotations
 
 import codecs
 import contextlib
+import ctypes
 import io
 import os
 import select
@@ -36,22 +40,27 @@ NAMES = ("stdout", "stderr")
 class Channel:
     """The session's stream, written to by any thread, a whole frame at a time.
 
-    State, all under `lock`: `_texts` and `_size`, text not yet sent; `_decoders`, the pipes' unfinished characters;
-    `_idle`, whether no cell runs, and `_dropped`, what idle text was left out.
+    State, all under `lock`: `_texts` and `_size`, text not yet made frames; `_frames`, frames not yet sent, with their
+    size; `_armed`, whether the timer runs; `_decoders` and
+    `_raw_decoders`, unfinished characters of the pipes and of `sys.stdout.buffer`; `_idle`, whether no cell
+    runs, and `_dropped`, what idle text was left out.
     """
 
     def __init__(self, stream: socket.socket, pipes: tuple[int, int], interrupts: Interrupts) -> None:
         self._stream: socket.socket | None = stream
         self._pipes = pipes
         self._interrupts = interrupts
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._timer = _Timer()
         self.lock = threading.RLock()
         self._texts: list[tuple[str, list[bytes]]] = []
         self._size = 0
+        self._frames: list[bytes] = []
+        self._frames_size = 0
         self._armed = False
         self._idle = True
         self._dropped = 0
         self._decoders = [_decoder(), _decoder()]
+        self._raw_decoders = [_decoder(), _decoder()]
         for pipe in pipes:
             os.set_blocking(pipe, False)
         os.register_at_fork(after_in_child=self._become_child)
@@ -68,38 +77,45 @@ class Channel:
 
     def raw(self, name: str, data: bytes) -> None:
         """Bytes of `sys.stdout.buffer`: any, so they are made valid UTF-8 first."""
-        self._append_own(name, data.decode("utf-8", "replace").encode())
+        if self._stream is not None:
+            with self._interrupts.held, self.lock:
+                data = self._raw_decoders[NAMES.index(name)].decode(data).encode()
+        self._append_own(name, data)
 
     def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
         """A frame behind everything written so far."""
         data = frames.encode(header, payload)
         with self._interrupts.held, self.lock:
-            if self._stream is None:
-                return
             self._drain_pipes()
-            self._flush()
-            self._write(data)
+            self._frame_texts()
+            self._queue(data)
 
-    def begin(self, header: dict[str, Any]) -> None:
-        """A cell begins: send `header`, then what waited since the last one."""
+    def begin(self) -> None:
+        """A cell begins: what waited since the last one is its first output."""
         with self._interrupts.held, self.lock:
-            self._write(frames.encode(header))
             self._idle = False
             if self._dropped:
                 note = f"\n[{self._dropped} bytes printed between the cells were left out]\n"
                 self._texts.append(("stderr", [note.encode()]))
                 self._dropped = 0
-            self._flush()
 
     def end(self, header: dict[str, Any]) -> None:
-        """A cell ends: `header` comes behind its last output."""
+        """A cell ends: `header` comes behind its last output, and everything is sent."""
         with self._interrupts.held, self.lock:
             self._drain_pipes()
             for index, name in enumerate(NAMES):
-                self._append(name, self._decoders[index].decode(b"", final=True).encode())
-            self._flush()
+                for decoder in (self._raw_decoders[index], self._decoders[index]):
+                    self._append(name, decoder.decode(b"", final=True).encode())
+            self._frame_texts()
             self._idle = True
-            self._write(frames.encode(header))
+            self._queue(frames.encode(header))
+            self._flush()
+
+    def now(self, header: dict[str, Any]) -> None:
+        """A frame that does not wait."""
+        with self._interrupts.held, self.lock:
+            self._queue(frames.encode(header))
+            self._flush()
 
     # -- inside the lock -----------------------------------------------------------------------------------------
 
@@ -111,10 +127,9 @@ class Channel:
             self._drain_pipes()
             self._append(name, data)
             if self._size >= BATCH_BYTES:
-                self._flush()
-            elif self._size and not self._armed:
-                self._armed = True
-                os.eventfd_write(self._wake, 1)
+                self._frame_texts()
+            elif self._size:
+                self._arm()
 
     def _append(self, name: str, data: bytes) -> None:
         if not data:
@@ -144,43 +159,65 @@ class Channel:
                     break
                 self._append(NAMES[index], self._decoders[index].decode(data).encode())
                 if self._size >= BATCH_BYTES:
-                    self._flush()
+                    self._frame_texts()
         return alive
 
-    def _flush(self) -> None:
+    def _frame_texts(self) -> None:
+        """Make frames of the text so far; what comes between two cells stays text until the next."""
         if self._idle or not self._texts:
             return
         texts, self._texts, self._size = self._texts, [], 0
         for name, pieces in texts:
             for chunk in _chunks(b"".join(pieces)):
-                self._write(frames.encode({"type": "stream", "name": name}, chunk))
+                self._queue(frames.encode({"type": "stream", "name": name}, chunk))
 
-    def _write(self, data: bytes) -> None:
-        if self._stream is not None:
+    def _queue(self, data: bytes) -> None:
+        self._frames.append(data)
+        self._frames_size += len(data)
+        if self._frames_size >= BATCH_BYTES:
+            self._flush()
+        else:
+            self._arm()
+
+    def _flush(self) -> None:
+        """Send the frames that wait."""
+        data, self._frames, self._frames_size = b"".join(self._frames), [], 0
+        if self._stream is not None and data:
             # A host that is gone ends this process by its supervisor; until then there is nobody to write to.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._stream.sendall(data)
+
+    def _arm(self) -> None:
+        if not self._armed and not self._idle:
+            self._armed = True
+            self._timer.start(BATCH_SECONDS)
 
     # -- the thread, and forked children -------------------------------------------------------------------------
 
     def _watch(self) -> None:
         poller = select.poll()
-        for fd in (*self._pipes, self._wake):
+        for fd in (*self._pipes, self._timer.fd):
             poller.register(fd, select.POLLIN)
-        alive = True
-        while alive:
-            poller.poll()
-            # Text may be complete in a moment: one frame for a burst of prints, not one each.
-            time.sleep(BATCH_SECONDS)
-            with self.lock:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
-                self._armed = False
-                try:
+        while True:
+            ready = {fd for fd, _ in poller.poll()}
+            try:
+                if self._timer.fd not in ready:
+                    # More may come in a moment: one frame for a burst of prints, not one each.
+                    time.sleep(BATCH_SECONDS)
+                with self.lock:
+                    if self._timer.fd in ready:
+                        self._timer.clear()
+                        self._armed = False
                     alive = self._drain_pipes()
+                    self._frame_texts()
                     self._flush()
-                except OSError:
-                    return
+            except OSError:
+                # The guest closed the descriptors under us; its stream too, or the next cell will say so.
+                return
+            if not alive:
+                for pipe in self._pipes:
+                    with contextlib.suppress(KeyError):
+                        poller.unregister(pipe)
 
     def _become_child(self) -> None:
         """A forked child of the kernel prints through the pipes, never into the parent's stream."""
@@ -190,8 +227,36 @@ class Channel:
         self._stream.close()
         self._stream = None
         self._texts, self._size = [], 0
-        for fd in (*self._pipes, self._wake):
+        self._frames, self._frames_size = [], 0
+        for fd in (*self._pipes, self._timer.fd):
             os.close(fd)
+
+
+class _Timer:
+    """A timer that makes a descriptor readable (timerfd_create(2); Python has it from 3.13 on)."""
+
+    _CLOEXEC_NONBLOCK = 0o2004000
+    _MONOTONIC = 1
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self.fd: int = self._libc.timerfd_create(self._MONOTONIC, self._CLOEXEC_NONBLOCK)
+        if self.fd < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create")
+        self._settings: dict[float, ctypes.Array[ctypes.c_long]] = {}
+
+    def start(self, seconds: float) -> None:
+        """Fire once, so much later (below a second)."""
+        setting = self._settings.get(seconds)
+        if setting is None:
+            # struct itimerspec: interval and value, each seconds and nanoseconds.
+            setting = self._settings[seconds] = (ctypes.c_long * 4)(0, 0, 0, int(seconds * 1e9))
+        self._libc.timerfd_settime(self.fd, 0, setting, None)
+
+    def clear(self) -> None:
+        """Take note that it fired."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.fd, 8)
 
 
 class OutStream(io.TextIOBase):

@@ -14,7 +14,9 @@ import builtins
 import contextlib
 import getpass
 import json
+import re
 import sys
+import traceback
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,11 @@ from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
 from IPython.core.error import StdinNotImplementedError
 from IPython.core.history import HistoryManager
+from IPython.core.inputtransformer2 import TransformerManager
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.page import as_hook, display_page
 from traitlets import Any as AnyTrait
-from traitlets import Type
+from traitlets import Instance, Type
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -33,7 +36,14 @@ if TYPE_CHECKING:
     from .output import Channel
 
 MAX_BUNDLE = 48 << 20
-MAX_ERROR_TEXT = 128 << 10
+MAX_PARTS = 64
+MAX_PLAIN_TEXT = 16 << 20
+MAX_METADATA = 256 << 10
+# Characters. One beyond the BMP is twelve bytes of a frame's header, which has a bound of 1 MiB.
+MAX_ERROR_TEXT = 64 << 10
+# What IPython's own syntax needs: magics, shell commands, help, auto-call at the start of a line, pasted prompts.
+_SPECIAL_SYNTAX = re.compile(r"[%!?\f\r]|^\s*(?:[,;/]|>>>|\.\.\.|In ?\[)", re.MULTILINE)
+_BLANKS = frozenset(("", " ", "\t", "\n", "\v"))
 _TEXT_FORMATS = ("text/", "image/svg+xml", "application/javascript", "application/xml")
 _BINARY_FORMATS = ("image/", "audio/", "video/", "application/pdf")
 
@@ -42,23 +52,25 @@ class _Outputs:
     """Where the shell's outputs go: the channel of this process's session, once there is one."""
 
     channel: Channel | None = None
+    told_error = False
 
     def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
         if self.channel is not None:
             self.channel.send(header, payload)
 
     def bundle(self, kind: str, data: dict[str, Any], metadata: dict[str, Any] | None, extra: dict[str, Any]) -> None:
-        """One display as a frame; beyond MAX_BUNDLE formats are left out, the largest first, and named."""
-        parts = [(mime, *_as_bytes(mime, value)) for mime, value in data.items()]
-        left_out: list[str] = []
+        """One display as a frame; beyond MAX_BUNDLE formats are left out, the largest first, and counted."""
+        parts = [(str(mime)[:200], *_as_bytes(str(mime), value)) for mime, value in data.items()]
+        left_out = len(parts) - MAX_PARTS
+        del parts[MAX_PARTS:]
+        left_out = max(0, left_out)
         while sum(len(block) for _, _, block in parts) > MAX_BUNDLE:
-            largest = max(parts, key=lambda part: len(part[2]))
-            parts.remove(largest)
-            left_out.append(str(largest[0])[:200])
+            parts.remove(max(parts, key=lambda part: len(part[2])))
+            left_out += 1
         header = {
             "type": kind,
-            "parts": [[str(mime)[:200], form, len(block)] for mime, form, block in parts],
-            "metadata": _plain(metadata or {}),
+            "parts": [[mime, form, len(block)] for mime, form, block in parts],
+            "metadata": _metadata(metadata),
             **extra,
         }
         if left_out:
@@ -93,6 +105,11 @@ class Publisher(DisplayPublisher):
 class Hook(DisplayHook):
     """The value of a cell's last expression."""
 
+    def quiet(self) -> bool:
+        """Whether the cell ends in a semicolon; most hold none, and need not be tokenised to see that."""
+        cells: list[str] = self.shell.user_ns["_ih"]  # pyright: ignore[reportOptionalMemberAccess]
+        return bool(cells) and ";" in cells[-1] and bool(super().quiet())
+
     def write_output_prompt(self) -> None:
         """The prompt is the host's to draw."""
 
@@ -107,9 +124,31 @@ class QuietHistory(HistoryManager):
     enabled = False  # pyright: ignore[reportAssignmentType] - overrides a trait with its value
 
 
+class Transformer(TransformerManager):
+    """IPython's syntax beside Python's, looked for only in cells that can hold some.
+
+    A cell without any of its characters is Python already; to find that out by its tokens takes longer than the rest
+    of a short cell's round trip.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known = self._transforms()
+
+    def _transforms(self) -> list[Any]:
+        return [*self.cleanup_transforms, *self.line_transforms, *self.token_transformers]
+
+    def transform_cell(self, cell: str) -> str:
+        plain = cell[:1] not in _BLANKS and not _SPECIAL_SYNTAX.search(cell) and self._transforms() == self._known
+        if not plain:
+            return super().transform_cell(cell)
+        return cell if cell.endswith("\n") else f"{cell}\n"
+
+
 class Shell(InteractiveShell):
     """An `InteractiveShell` without a terminal."""
 
+    input_transformer_manager = Instance(Transformer, ())
     displayhook_class = Type(Hook)
     display_pub_class = Type(Publisher)
     exit_now = AnyTrait(default_value=False)
@@ -139,16 +178,19 @@ class Shell(InteractiveShell):
 
     def showtraceback(self, *args: Any, **kwargs: Any) -> None:
         """Show the current exception, unless it is how a cell ends well."""
-        if not ended_well(sys.exc_info()[1]):
+        error = sys.exc_info()[1]
+        if error is None or not (ended_well(error) or _needs_python(error)):
             super().showtraceback(*args, **kwargs)
+        elif not ended_well(error):
+            send_error(*in_short(error))
+
+    def show_usage_error(self, exc: BaseException) -> None:
+        """A magic that does not exist, or was called wrongly."""
+        send_error("UsageError", str(exc), f"UsageError: {exc}")
 
     def _showtraceback(self, etype: type[BaseException] | None, evalue: BaseException | None, stb: list[str]) -> None:
-        name = getattr(etype, "__name__", str(etype))
-        try:
-            value = str(evalue)
-        except Exception as exc:  # noqa: BLE001 - the user's __str__ may do anything
-            value = f"<{type(exc).__name__} in __str__>"
-        send_error(name, value, "\n".join(stb))
+        name = etype.__name__ if etype is not None else "Error"
+        send_error(name, _message(evalue), "\n".join(stb))
 
 
 def ended_well(error: BaseException | None) -> bool:
@@ -156,10 +198,39 @@ def ended_well(error: BaseException | None) -> bool:
     return isinstance(error, SystemExit) and error.code in (None, 0)
 
 
+def in_short(error: BaseException) -> tuple[str, str, str]:
+    """An exception's name, message and traceback by Python's own means, which stand whatever its class does."""
+    return type(error).__name__, _message(error), "".join(traceback.format_exception(error))
+
+
 def send_error(name: str, value: str, trace: str) -> None:
     """An exception of the user's code, each text cut to a bound in its middle."""
+    outputs.told_error = True
     header = {"type": "error", "ename": _cut(_valid(name), 1000), "evalue": _cut(_valid(value), MAX_ERROR_TEXT)}
-    outputs.send(header, _cut(_valid(trace), MAX_ERROR_TEXT * 2).encode())
+    outputs.send(header, _cut(_valid(trace), MAX_ERROR_TEXT * 4).encode())
+
+
+def _message(error: BaseException | None) -> str:
+    try:
+        return str(error)
+    except Exception as exc:  # noqa: BLE001 - the user's __str__ may do anything
+        return f"<{type(exc).__name__} in __str__>"
+
+
+def _needs_python(error: BaseException) -> bool:
+    """Whether IPython's traceback cannot show it: an exception group somewhere, or a `__str__` that raises."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if hasattr(link, "exceptions") and hasattr(link, "derive"):
+            return True
+        link = link.__cause__ or link.__context__
+    try:
+        str(error)
+    except Exception:  # noqa: BLE001 - see _message
+        return True
+    return False
 
 
 def make_shell() -> Shell:
@@ -180,8 +251,8 @@ def warm_up(shell: Shell) -> None:
     shell.run_cell("pass", store_history=False, silent=True)
     try:
         raise ValueError
-    except ValueError:
-        shell.InteractiveTB.structured_traceback(*sys.exc_info())
+    except ValueError as exc:
+        shell.InteractiveTB.structured_traceback(type(exc), exc, exc.__traceback__)
         shell.SyntaxTB.structured_traceback(SyntaxError, SyntaxError("", ("", 1, 1, "", 1, 1)), None)
 
 
@@ -207,17 +278,35 @@ def _as_bytes(mime: str, value: object) -> tuple[str, bytes]:
                 return "binary", base64.b64decode(value, validate=False)
             except (binascii.Error, ValueError):
                 pass
-        return "text", value.encode("utf-8", "backslashreplace")
+        return "text", _cut(value, MAX_PLAIN_TEXT if mime == "text/plain" else MAX_BUNDLE).encode(
+            "utf-8", "backslashreplace"
+        )
     return "json", json.dumps(_plain(value), separators=(",", ":")).encode()
 
 
+def _metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """A display's metadata, as far as it is an object of a sensible size."""
+    plain = _plain(metadata or {})
+    return plain if isinstance(plain, dict) and len(json.dumps(plain)) <= MAX_METADATA else {}
+
+
 def _plain(value: object) -> Any:
-    """`value` as strict JSON: what JSON cannot hold becomes its text."""
+    """`value` as strict JSON: what JSON cannot hold becomes its text, key by key and item by item."""
     try:
-        text = json.dumps(value, default=str, allow_nan=False)
-        return json.loads(_valid(text))
+        text = json.dumps(value, default=str)
     except (TypeError, ValueError, RecursionError):
-        return json.loads(json.dumps(_valid(repr(value))[:10_000]))
+        if isinstance(value, dict):
+            return {_valid(str(key)): _salvage(item) for key, item in value.items()}
+        return _salvage(value)
+    return json.loads(_valid(text), parse_constant=str)
+
+
+def _salvage(value: object) -> Any:
+    """A value that may not be JSON at all."""
+    try:
+        return json.loads(_valid(json.dumps(value, default=str)), parse_constant=str)
+    except (TypeError, ValueError, RecursionError):
+        return _valid(repr(value))[:10_000]
 
 
 def _valid(text: str) -> str:

@@ -171,10 +171,11 @@ class Supervisor:
 
     def _kill(self, number: int) -> None:
         session = self._sessions.get(number)
-        if session is None:
-            return
-        session.killed = True
-        for pid in (session.first, session.pid):
+        if session is not None:
+            session.killed = True
+        if not self._nested:
+            self._kill_all()
+        for pid in (session.first, session.pid) if session is not None else ():
             if pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -202,11 +203,29 @@ class Supervisor:
             self._finish(session)
 
     def _finish(self, session: _Session) -> None:
-        """Both ends are known to be gone: nobody holds the status pipe any more."""
+        """Nobody holds the status pipe any more: the watcher is gone, and with it, if nested, the whole session."""
+        if not self._nested:
+            self._kill_all()
         del self._sessions[session.number]
+        self._send(
+            {
+                "op": "exited",
+                "session": session.number,
+                "status": session.wait_status,
+                "killed": session.killed,
+                "begun": interrupts.begun(session.page),
+            }
+        )
         session.page.close()
-        self._send({"op": "exited", "session": session.number, "status": session.wait_status, "killed": session.killed})
         self._reap()
+
+    def _kill_all(self) -> None:
+        """End everything in this container but this process: pid 1's `kill(-1)` reaches all others.
+
+        Where a session has no pid namespace of its own, its kernel can kill or stop the process that watches it.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
 
     def _reap(self) -> None:
         """Collect every child that has ended; as pid 1 of the container this process inherits orphans too."""

@@ -52,13 +52,15 @@ def encode(header: dict[str, Any], payload: bytes = b"") -> bytes:
 class Decoder:
     """Turns received bytes into frames; holds at most one incomplete frame.
 
-    State: `_buffer`, the bytes received and not yet consumed, and `_start`, where the next frame begins in it.
+    State: `_buffer`, the bytes received and not yet consumed, and `_start`, where the next frame begins in it;
+    `_failure`, once the stream cannot be trusted any further.
     """
 
     def __init__(self, max_payload: int = MAX_PAYLOAD) -> None:
         self._buffer = bytearray()
         self._start = 0
         self._max_payload = max_payload
+        self._failure: FrameError | None = None
 
     @property
     def pending(self) -> int:
@@ -90,6 +92,15 @@ class Decoder:
         Raises:
             FrameError: the stream cannot be trusted any further.
         """
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return self._next_frame()
+        except FrameError as exc:
+            self._failure = exc
+            raise
+
+    def _next_frame(self) -> Frame | None:
         if self.pending < PREFIX.size:
             return None
         head_size, payload_size = PREFIX.unpack_from(self._buffer, self._start)

@@ -41,13 +41,6 @@ class SetupFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Busy:
-    """The kernel begins the cell."""
-
-    id: int
-
-
-@dataclass(frozen=True, slots=True)
 class Reply:
     """The cell's end; comes behind its last output."""
 
@@ -56,7 +49,7 @@ class Reply:
     execution_count: int
 
 
-Message = Ready | SetupFailed | Busy | Reply | Event
+Message = Ready | SetupFailed | Reply | Event
 
 
 def decode(frame: Frame) -> Message:
@@ -72,18 +65,17 @@ def decode(frame: Frame) -> Message:
             if name in ("stdout", "stderr"):
                 return Stream(name, frame.payload.decode("utf-8", "replace"))
         case "display_data":
-            return DisplayData(_bundle(frame), _mapping(header), _display_id(header))
+            return DisplayData(_bundle(frame), _mapping(header), _display_id(header), _left_out(header))
         case "update_display_data":
-            return UpdateDisplayData(_bundle(frame), _mapping(header), _display_id(header))
+            return UpdateDisplayData(_bundle(frame), _mapping(header), _display_id(header), _left_out(header))
         case "execute_result":
-            return ExecuteResult(_bundle(frame), _mapping(header), _number(header, "execution_count"))
+            count = _number(header, "execution_count")
+            return ExecuteResult(_bundle(frame), _mapping(header), count, _left_out(header))
         case "clear_output":
             return ClearOutput(wait=header.get("wait") is True)
         case "error":
             trace = frame.payload.decode("utf-8", "replace")
             return Error(_text(header, "ename"), _text(header, "evalue"), trace)
-        case "busy":
-            return Busy(_number(header, "id"))
         case "execute_reply":
             status = _text(header, "status")
             if status in ("ok", "error", "interrupted"):
@@ -141,6 +133,10 @@ def _display_id(header: dict[str, Any]) -> str | None:
     if value is None:
         return None
     return _text(header, "display_id")[:_MAX_NAME]
+
+
+def _left_out(header: dict[str, Any]) -> int:
+    return _number(header, "left_out") if "left_out" in header else 0
 
 
 def _text(header: dict[str, Any], field: str) -> str:
