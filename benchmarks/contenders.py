@@ -1,3 +1,5 @@
+# jupyter_client's own types are partly unknown.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """actbox and its peer behind one contract, so that a measurement is written once and cannot favour either."""
 
 from __future__ import annotations
@@ -7,17 +9,18 @@ import contextlib
 import os
 import subprocess
 import time
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from pathlib import Path
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 
-from actbox import CodeExecutionContainer, CodeExecutor, Stream
+from actbox import CodeExecutionContainer, CodeExecutor, ExecutionInterrupted
+from actbox.events import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
+    from pathlib import Path
 
     from jupyter_client.asynchronous.client import AsyncKernelClient
 
@@ -47,6 +50,10 @@ class Session(Protocol):
 
 class Container(Protocol):
     """Where sessions are opened."""
+
+    async def warmed(self) -> None:
+        """Wait until what makes later sessions quick has been done."""
+        ...
 
     def session(self) -> AbstractAsyncContextManager[Session]:
         """A session that takes cells; entering it waits for that."""
@@ -81,7 +88,7 @@ class Actbox:
         self.isolation = ""
 
     @asynccontextmanager
-    async def container(self) -> AsyncIterator[Container]:
+    async def container(self) -> AsyncGenerator[Container]:
         """See `Contender`."""
         self._containers += 1
         workspace = self._folder / f"workspace-{self._containers}"
@@ -98,11 +105,14 @@ class Actbox:
 class _ActboxContainer:
     def __init__(self, owner: Actbox, container: CodeExecutionContainer) -> None:
         self._owner = owner
-        self.container = container
+        self._container = container
+
+    async def warmed(self) -> None:
+        await self._container.warmed()
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[Session]:
-        async with CodeExecutor(self._owner.next_key(), self.container.workspace, self.container.port) as executor:
+    async def session(self) -> AsyncGenerator[Session]:
+        async with CodeExecutor(self._owner.next_key(), self._container.workspace, self._container.port) as executor:
             yield _ActboxSession(executor)
 
 
@@ -118,14 +128,18 @@ class _ActboxSession:
         return sum([len(chunk) async for chunk in execution.stream(_SECONDS)])
 
     async def interrupt(self) -> float:
+        began = 0.0
+        interrupting: asyncio.Task[None] | None = None
         execution = await self._executor.submit(ENDLESS)
-        async with aclosing(execution.events(_SECONDS)) as events:  # pyright: ignore[reportArgumentType]
-            async for event in events:
+        with contextlib.suppress(ExecutionInterrupted):
+            async for event in execution.events(_SECONDS):
                 if isinstance(event, Stream):
-                    break
-        began = time.perf_counter()
-        await execution.interrupt()
-        return time.perf_counter() - began
+                    began = time.perf_counter()
+                    interrupting = asyncio.ensure_future(execution.interrupt())
+        ended = time.perf_counter()
+        if interrupting is not None:
+            await interrupting
+        return ended - began
 
     async def close(self) -> None:
         await self._executor.disconnect()
@@ -147,12 +161,15 @@ class Jupyter:
         self._kernels = 0
 
     @asynccontextmanager
-    async def container(self) -> AsyncIterator[Container]:
+    async def container(self) -> AsyncGenerator[Container]:
         """See `Contender`; a kernel needs nothing to be running."""
         yield self
 
+    async def warmed(self) -> None:
+        """See `Container`; every kernel imports for itself."""
+
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[Session]:
+    async def session(self) -> AsyncGenerator[Session]:
         """See `Container`."""
         self._kernels += 1
         manager = AsyncKernelManager(

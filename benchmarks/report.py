@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import date
 
+    Pair = tuple[Sequence[float], Sequence[float]]
+
 COMMAND = "make bench"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing that was measured in both, in the same unit.
+    """One thing that was measured in both, in the same unit: `values` are ours and theirs.
 
     `aim` is the ratio that is wanted, None if none is; `complete` is False where a number lacks something, and then
     no aim counts as met; `note` says what.
@@ -23,8 +25,7 @@ class Row:
 
     what: str
     unit: str
-    ours: tuple[float, ...]
-    theirs: tuple[float, ...]
+    values: Pair
     aim: float | None = None
     more_is_better: bool = False
     complete: bool = True
@@ -33,7 +34,7 @@ class Row:
     @property
     def ratio(self) -> float:
         """How many times better ours is, by the medians."""
-        ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
+        ours, theirs = map(statistics.median, self.values)
         return ours / theirs if self.more_is_better else theirs / ours
 
     @property
@@ -53,9 +54,11 @@ def table(rows: Sequence[Row], peer: str) -> str:
         mark = f" [{_mark(rows, number)}]" if row.note else ""
         aim = "" if row.aim is None else f"{row.aim:g}"
         what = f"{row.what}, {row.unit}{mark}"
-        lines.append((what, _spread(row.ours), _spread(row.theirs), f"{row.ratio:.1f}", aim, row.verdict))
+        lines.append((what, *map(_spread, row.values), f"{row.ratio:.1f}", aim, row.verdict))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rule = "|".join("-" * (widths[0] + 2) if column == 0 else f"{'-' * (width + 1)}:" for column, width in enumerate(widths))
+    rule = "|".join(
+        "-" * (widths[0] + 2) if column == 0 else f"{'-' * (width + 1)}:" for column, width in enumerate(widths)
+    )
     text = [_line(lines[0], widths), f"|{rule}|", *(_line(line, widths) for line in lines[1:])]
     notes = [f"[{_mark(rows, number)}] {row.note}" for number, row in enumerate(rows) if row.note]
     return "\n".join(text if not notes else [*text, "", *notes])

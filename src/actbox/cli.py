@@ -282,7 +282,8 @@ def _code(arguments: argparse.Namespace, console: Console) -> str:
         InvalidArgument: there is none to be had, or it is not UTF-8.
     """
     if arguments.code is not None:
-        return _decoded("CODE", arguments.code, os.fsencode(arguments.code))
+        # An argument that is no text in the locale's encoding comes with lone surrogates.
+        return _decoded("CODE", arguments.code, arguments.code.encode("utf-8", "surrogatepass"))
     if arguments.file != "-":
         try:
             return _decoded("FILE", arguments.file, Path(arguments.file).read_bytes())
@@ -415,7 +416,7 @@ def _output(output: Output) -> dict[str, Any]:
 
 
 def _content(value: Any) -> Any:
-    """A value of the guest's as JSON can hold it; its own JSON may be deeper than can be written, or have infinities."""
+    """A value of the guest's as JSON can hold it: its own may be deeper than can be written, or hold infinities."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
     try:

@@ -209,7 +209,7 @@ class ExecutionContainer:
             self._state = "closed"
 
     async def warmed(self) -> None:
-        """Wait until the libraries of `preload` are loaded; sessions opened before that import them themselves."""
+        """Wait until all is done ahead that can be; sessions opened before that import libraries themselves."""
         self._running()
         if self._supervision is not None:
             await self._supervision.warmed()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import select
 import socket
 import threading
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from actbox.engines.base import Boundary
+
+logger = logging.getLogger(__name__)
 
 _DATAGRAM = 64 << 10
 _READY_SECONDS = 60.0
@@ -73,8 +76,6 @@ class Supervision:
             "extra_path": list(layout.extra_path),
             "seeds": layout.seeds,
         }
-        if not preload:
-            self._warmed.set()
         with contextlib.suppress(OSError):
             self._send(message)
         self._loop.add_reader(self._control, self._read)
@@ -171,11 +172,11 @@ class Supervision:
                 if listener is not None:
                     status, begun, killed = (message.get(field) for field in ("status", "begun", "killed"))
                     listener(Exit(status, begun or 0, killed=bool(killed)))
-            case {"op": "preloaded", "module": str(module), "error": error, "left": int(left)}:
-                if error is not None:
-                    self.preload_errors[module] = str(error)
-                if left == 0:
-                    self._warmed.set()
+            case {"op": "preload-failed", "module": str(module), "error": str(error)}:
+                self.preload_errors[module] = error
+                logger.warning("the module %s could not be loaded ahead: %s", module, error)
+            case {"op": "warm"}:
+                self._warmed.set()
             case _:
                 if not self._ready.done():
                     self._ready.set_result(message)

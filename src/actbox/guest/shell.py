@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
 from IPython.core.error import StdinNotImplementedError
+from IPython.core.formatters import DisplayFormatter
 from IPython.core.history import HistoryManager
 from IPython.core.inputtransformer2 import TransformerManager
 from IPython.core.interactiveshell import InteractiveShell
@@ -43,6 +44,7 @@ MAX_METADATA = 256 << 10
 MAX_ERROR_TEXT = 64 << 10
 # What IPython's own syntax needs: magics, shell commands, help, auto-call at the start of a line, pasted prompts.
 _SPECIAL_SYNTAX = re.compile(r"[%!?\f\r]|^\s*(?:[,;/]|>>>|\.\.\.|In ?\[)", re.MULTILINE)
+_SCALARS = frozenset((bool, int, float, complex, str, bytes))
 _BLANKS = frozenset(("", " ", "\t", "\n", "\v"))
 _TEXT_FORMATS = ("text/", "image/svg+xml", "application/javascript", "application/xml")
 _BINARY_FORMATS = ("image/", "audio/", "video/", "application/pdf")
@@ -145,6 +147,29 @@ class Transformer(TransformerManager):
         return cell if cell.endswith("\n") else f"{cell}\n"
 
 
+class Formats(DisplayFormatter):
+    """IPython's formatters, asked only where one of them can have an answer.
+
+    A number or a string has a plain text and nothing else, unless somebody registered more for its type; to ask each
+    of a dozen formatters in turn takes longer than the rest of a short cell.
+    """
+
+    def format(self, obj: object, include: Any = None, exclude: Any = None) -> Any:
+        if include is None and exclude is None and type(obj) in _SCALARS and self._is_plain(type(obj), id(obj)):
+            return {"text/plain": self.formatters["text/plain"](obj)}, {}
+        return super().format(obj, include, exclude)
+
+    def _is_plain(self, kind: type, identity: int) -> bool:
+        others = [formatter for name, formatter in self.formatters.items() if name != "text/plain"]
+        for formatter in (*others, self.ipython_display_formatter, self.mimebundle_formatter):
+            types = formatter.type_printers
+            if kind in types or object in types or identity in formatter.singleton_printers:
+                return False
+            if any(module == "builtins" for module, _ in formatter.deferred_printers):
+                return False
+        return True
+
+
 class Shell(InteractiveShell):
     """An `InteractiveShell` without a terminal."""
 
@@ -159,6 +184,10 @@ class Shell(InteractiveShell):
 
     def init_virtualenv(self) -> None:
         """The interpreter inside is the right one already."""
+
+    def init_display_formatter(self) -> None:
+        self.display_formatter = Formats(parent=self)
+        self.configurables.append(self.display_formatter)  # pyright: ignore[reportArgumentType]
 
     def init_hooks(self) -> None:
         super().init_hooks()

@@ -4,7 +4,8 @@ It imports the libraries once, then forks a process for every session that the h
 says how each session ended. The host speaks to it in datagrams over one socket; when that socket ends, so does it, and
 with it the whole container.
 
-State: the `_Session` of each running session by its number, and the modules still to be preloaded.
+State: the `_Session` of each running session by its number, the modules still to be preloaded, and whether all that
+can be done ahead is done.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Supervisor:
         self._control = control
         self._binds: list[dict[str, Any]] = layout["binds"]
         self._preload: list[str] = list(layout["preload"])
+        self._warm = False
         self._nested: bool = layout["nested"]
         self._seeds: list[list[str]] = layout["seeds"]
         self._sessions: dict[int, _Session] = {}
@@ -80,21 +82,20 @@ class Supervisor:
             return
         plant(self._seeds)
         from .reload import SkillReloader
-        from .shell import make_shell, warm_up
+        from .shell import make_shell
 
         self._shell = make_shell()
-        warm_up(self._shell)
         self._reloader = SkillReloader(self._shell)
         if not self._nested:
             # A container of one session: nobody else to serve while the libraries load.
-            while self._preload:
-                self._preload_next()
+            while not self._warm:
+                self._work_ahead()
             isolation.set_dumpable(value=False)
         gc.collect()
         gc.freeze()
         self._send({"op": "ready", "seconds": time.monotonic() - began, "python": sys.version.split()[0]})
         while True:
-            for fd, _ in self._poller.poll(0 if self._preload else None):
+            for fd, _ in self._poller.poll(None if self._warm else 0):
                 if fd == self._control.fileno():
                     if not self._serve_request():
                         return
@@ -104,23 +105,27 @@ class Supervisor:
                     self._reap()
                 else:
                     self._read_status(fd)
-            if self._preload:
-                self._preload_next()
+            if not self._warm:
+                self._work_ahead()
 
-    def _preload_next(self) -> None:
-        """Import one library for all sessions to come."""
-        module = self._preload.pop(0)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                importlib.import_module(module)
-            error = None
-        except Exception as exc:  # noqa: BLE001 - an import may raise anything; sessions can do without it
-            error = repr(exc)[:500]
-        if not self._preload or error:
-            gc.collect()
-            gc.freeze()
-        self._send({"op": "preloaded", "module": module, "error": error, "left": len(self._preload)})
+    def _work_ahead(self) -> None:
+        """Do for all sessions to come what each would have to do: import one library, or at last warm up the shell."""
+        if self._preload:
+            module = self._preload.pop(0)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    importlib.import_module(module)
+            except Exception as exc:  # noqa: BLE001 - an import may raise anything; sessions can do without it
+                self._send({"op": "preload-failed", "module": module, "error": repr(exc)[:500]})
+            return
+        from .shell import warm_up
+
+        warm_up(self._shell)
+        self._warm = True
+        gc.collect()
+        gc.freeze()
+        self._send({"op": "warm"})
 
     # -- the host's requests -------------------------------------------------------------------------------------
 

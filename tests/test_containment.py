@@ -1,0 +1,1453 @@
+"""Containment: every case is a real attempt, made from inside a session of the real engine.
+
+A test's docstring begins with the number of its case. The functions of the part "What is tried inside" are sent into
+the session as source, by `inside`; what they return comes back as JSON. The last part takes one layer of protection
+away and shows that a case then fails: the layer is what kept it, and the case would tell if it went missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import contextlib
+import ctypes
+import errno
+import glob
+import inspect
+import json
+import mmap
+import multiprocessing
+import os
+import pty
+import pwd
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import unicodedata
+import uuid
+from multiprocessing import shared_memory
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from actbox import (
+    CodeExecutionContainer,
+    CodeExecutor,
+    ConnectionError,
+    ExecutionClient,
+    ExecutionError,
+    InvalidKey,
+    KernelDied,
+    SandboxUnavailable,
+    WorkspaceError,
+    sessions,
+)
+from actbox.engines import bubblewrap
+from actbox.guest.syscalls import MACHINES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Make = Callable[[], contextlib.AbstractAsyncContextManager[CodeExecutor]]
+
+pytestmark = pytest.mark.anyio
+
+MACHINE = MACHINES.get(os.uname().machine)
+NUMBERS = dict(MACHINE.numbers) if MACHINE is not None else {}
+
+# --- What is tried inside ---------------------------------------------------------------------------------------------
+
+PRELUDE = """
+from __future__ import annotations
+import asyncio, builtins, contextlib, ctypes, errno, glob, json, mmap, multiprocessing, os, pty, pwd, random, re, shutil
+import signal, socket, sqlite3, stat, subprocess, sys, tempfile, threading, uuid
+from multiprocessing import shared_memory
+"""
+
+
+def said(action: Callable[[], object]) -> str:
+    """The name of the error, or "ok"."""
+    try:
+        result = action()
+    except OSError as exc:
+        return errno.errorcode.get(exc.errno or 0, repr(exc))
+    if isinstance(result, socket.socket):
+        result.close()
+    return "ok"
+
+
+def call(number: int, *args: int | bytes | None) -> str:
+    """What the kernel says to a system call, past the C library."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    values = [ctypes.c_ulong(arg) if isinstance(arg, int) else ctypes.c_char_p(arg) for arg in args]
+    values += [ctypes.c_ulong(0)] * (6 - len(values))
+    result = libc.syscall(ctypes.c_long(number), *values)
+    return "ok" if result != -1 else errno.errorcode[ctypes.get_errno()]
+
+
+def pids() -> list[int]:
+    return sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+async def inside(executor: ExecutionClient, function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function of this file in a session."""
+    source = "".join(inspect.getsource(part) for part in (said, call, pids, function))
+    code = f"{PRELUDE}{source}\nprint(json.dumps({function.__name__}(*json.loads({json.dumps(args)!r}))))"
+    result = await executor.execute(code, timeout=15)
+    return json.loads((result.text or "").splitlines()[-1])
+
+
+def opened(paths: list[str]) -> dict[str, str]:
+    return {path: said(lambda path=path: os.close(os.open(path, os.O_RDONLY))) for path in paths}
+
+
+def listed(folder: str) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def users() -> list[str]:
+    return [entry.pw_name for entry in pwd.getpwall()]
+
+
+def created(paths: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in paths:
+        found[path] = said(lambda path=path: os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)))
+        found[f"{path}/"] = said(lambda path=path: os.mkdir(f"{path}.d"))
+    return found
+
+
+def changed(path: str) -> dict[str, str]:
+    """Every way to change a file that is there, or its folder."""
+    folder = os.path.dirname(path)
+    return {
+        "truncate on opening": said(lambda: os.close(os.open(path, os.O_WRONLY | os.O_TRUNC))),
+        "truncate": said(lambda: os.truncate(path, 0)),
+        "unlink": said(lambda: os.unlink(path)),
+        "rename": said(lambda: os.rename(path, f"{path}.old")),
+        "chmod": said(lambda: os.chmod(path, 0o777)),
+        "chown": said(lambda: os.chown(path, os.getuid(), os.getgid())),
+        "utime": said(lambda: os.utime(path)),
+        "symlink": said(lambda: os.symlink("/etc/passwd", f"{folder}/link")),
+        "link": said(lambda: os.link(path, f"{folder}/hard")),
+        "mkdir": said(lambda: os.mkdir(f"{folder}/new")),
+        "setxattr": said(lambda: os.setxattr(path, "user.x", b"x")),
+    }
+
+
+def written_programs() -> dict[str, str]:
+    """Open for writing what every session runs."""
+    guest = sys.modules["actbox_guest.guest.seccomp"].__file__
+    paths = ["/proc/self/exe", "/proc/1/exe", os.path.realpath(sys.executable), guest or "", json.__file__]
+    return {path: said(lambda path=path: os.close(os.open(path, os.O_WRONLY))) for path in paths}
+
+
+def mounts_undone(numbers: dict[str, int]) -> dict[str, str]:
+    with open("/proc/self/mountinfo") as file:
+        places = sorted({line.split()[4] for line in file})
+    bind, remount, detach = 4096, 32, 2
+    found = {f"umount {place}": call(numbers["umount2"], place.encode(), detach) for place in places}
+    for place in places:
+        found[f"remount {place}"] = call(numbers["mount"], None, place.encode(), None, bind | remount)
+    for place in ("/tmp", "/usr", "/app", "/proc"):
+        found[f"cover {place}"] = call(numbers["mount"], b"tmpfs", place.encode(), b"tmpfs", 0)
+    return found
+
+
+def namespaces_left(numbers: dict[str, int]) -> dict[str, str]:
+    """New namespaces, which would bring the right to mount, and what it would be used for."""
+    new = {"user": 0x10000000, "mnt": 0x20000, "pid": 0x20000000, "net": 0x40000000, "ipc": 0x8000000}
+    new |= {"uts": 0x4000000, "cgroup": 0x2000000, "time": 0x80}
+    shared_fs = 0x200  # contradicts new user and mount namespaces: no process comes of it without a filter either
+    bind, remount = 4096, 32
+    found = {f"unshare {name}": call(numbers["unshare"], flag) for name, flag in new.items()}
+    found["unshare user and mnt"] = call(numbers["unshare"], new["user"] | new["mnt"])
+    for name, flag in new.items():
+        if name != "time":  # of clone's flags that bit is none: it belongs to the signal
+            found[f"clone {name}"] = call(numbers["clone"], flag | shared_fs)
+    found["clone3"] = call(numbers["clone3"], bytes(88), 88)
+    for name in ("user", "mnt", "net", "pid"):
+        fd = os.open(f"/proc/self/ns/{name}", os.O_RDONLY)
+        found[f"setns {name}"] = call(numbers["setns"], fd, 0)
+        os.close(fd)
+    found["umount"] = call(numbers["umount2"], b"/tmp", 2)
+    found["remount"] = call(numbers["mount"], None, b"/usr", None, bind | remount)
+    found["proc"] = call(numbers["mount"], b"proc", b"/tmp", b"proc", 0)
+    return found
+
+
+def calls_refused(numbers: dict[str, int], names: list[str]) -> dict[str, str]:
+    return {name: call(numbers[name]) for name in names if name in numbers}
+
+
+def set_id_files(numbers: dict[str, int]) -> dict[str, str]:
+    with open("plain", "w") as file:
+        fd = file.fileno()
+        os.mkdir("folder")
+        creating = os.O_CREAT | os.O_WRONLY
+        return {
+            "chmod setuid": said(lambda: os.chmod("plain", 0o4755)),
+            "chmod setgid": said(lambda: os.chmod("plain", 0o2755)),
+            "chmod folder": said(lambda: os.chmod("folder", 0o2755)),
+            "fchmod": said(lambda: os.fchmod(fd, 0o4755)),
+            "chmod at": said(lambda: os.chmod("plain", 0o4755, dir_fd=os.open(".", os.O_RDONLY))),
+            "open": said(lambda: os.open("made", creating, 0o4755)),
+            "unnamed": said(lambda: os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o4755)),
+            "mkdir": said(lambda: os.mkdir("made.d", 0o2755)),
+            "mknod": said(lambda: os.mknod("made", 0o104755)),
+            "device": said(lambda: os.mknod("made", 0o020666, 0x103)),
+            "openat2": call(numbers["openat2"], -100 & 2**64 - 1, b"made", bytes(24), 24),
+        }
+
+
+def descriptors() -> list[dict[str, Any]]:
+    """Every open file of every process here that may be looked into, with the family of what is a socket."""
+    found: list[dict[str, Any]] = []
+    for fd in sorted(int(name) for name in os.listdir("/proc/self/fd")):
+        try:
+            mode = os.fstat(fd).st_mode
+        except OSError:
+            continue  # it was that of the listing itself
+        entry: dict[str, Any] = {"fd": fd, "kind": stat.S_IFMT(mode), "link": os.readlink(f"/proc/self/fd/{fd}")}
+        if stat.S_ISSOCK(mode):
+            with socket.socket(fileno=os.dup(fd)) as copy:
+                entry["family"] = int(copy.family)
+                name = copy.getsockname()
+                entry["name"] = name if isinstance(name, str) else repr(name)
+        found.append(entry)
+    return found
+
+
+def readable_processes() -> dict[str, dict[str, str]]:
+    """What can be had of each process that is seen: the text, or the error."""
+    found: dict[str, dict[str, str]] = {}
+    for pid in pids():
+        entry: dict[str, str] = {}
+        for name in ("cmdline", "environ"):
+            try:
+                with open(f"/proc/{pid}/{name}", "rb") as file:
+                    entry[name] = file.read().decode("latin-1")
+            except OSError as exc:
+                entry[name] = errno.errorcode[exc.errno or 0]
+        found[str(pid)] = entry
+    return found
+
+
+def other_process(pid: int) -> dict[str, str]:
+    """Look into a process, by every file of /proc that tells something."""
+    base = f"/proc/{pid}"
+    found = {name: said(lambda name=name: os.close(os.open(f"{base}/{name}", os.O_RDONLY))) for name in
+             ("mem", "maps", "environ", "cmdline", "auxv", "fd", "root", "cwd", "stack", "syscall")}  # fmt: skip
+    found["root/etc"] = said(lambda: os.listdir(f"{base}/root/etc"))
+    found["mem to write"] = said(lambda: os.close(os.open(f"{base}/mem", os.O_RDWR)))
+    found["exe"] = said(lambda: os.readlink(f"{base}/exe"))
+    found["listing of fd"] = said(lambda: os.listdir(f"{base}/fd"))
+    found["ns"] = said(lambda: os.readlink(f"{base}/ns/mnt"))
+    return found
+
+
+def memory_matches(pattern: str) -> list[str]:
+    """Where a regular expression matches this process's memory."""
+    wanted = re.compile(pattern.encode())
+    found: list[str] = []
+    with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            span, rights = line.split()[:2]
+            begin, end = (int(part, 16) for part in span.split("-"))
+            if not rights.startswith("r") or line.rstrip().endswith(("[vvar]", "[vvar_vclock]", "[vsyscall]")):
+                continue
+            with contextlib.suppress(OSError, ValueError, OverflowError):
+                memory.seek(begin)
+                found += [line for _ in wanted.finditer(memory.read(end - begin))]
+    return found
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
+def connected(addresses: list[list[Any]]) -> dict[str, str]:
+    """Try to reach each (host, port) over TCP, and by a datagram."""
+    found: dict[str, str] = {}
+    for host, port in addresses:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        found[f"tcp {host} {port}"] = said(lambda host=host, port=port: socket.create_connection((host, port), 3))
+        with socket.socket(family, socket.SOCK_DGRAM) as udp:
+            udp.settimeout(3)
+            # To an address on the loopback a datagram may go out; that nothing listens is told by the next call.
+            said(lambda udp=udp, host=host, port=port: udp.connect((host, port)))
+            said(lambda udp=udp: udp.send(b"x"))
+            found[f"udp {host} {port}"] = said(lambda udp=udp: udp.send(b"x"))
+    return found
+
+
+def resolved(names: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            found[name] = repr(socket.getaddrinfo(name, 80))
+        except socket.gaierror:
+            found[name] = "gaierror"
+    return found
+
+
+def abstract_connected(name: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+        with socket.socket(socket.AF_UNIX, kind) as client:
+            found[kind.name] = said(lambda client=client: client.connect(f"\0{name}"))
+    return found
+
+
+def families() -> dict[str, str]:
+    """The answer for every family there may be, and for kinds that are not TCP or UDP."""
+    found = {
+        str(number): said(lambda number=number: socket.socket(number, kind))
+        for number in range(1, 50)
+        for kind in (socket.SOCK_STREAM if number in (1, 2, 10, 40) else socket.SOCK_DGRAM,)
+    }
+    found["raw"] = said(lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP))
+    found["ping"] = said(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP))
+    found["sctp"] = said(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132))
+    return found
+
+
+def interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
+
+
+def killed_all() -> str:
+    """Signal everything that can be named, but this process."""
+    said(lambda: os.kill(-1, signal.SIGKILL))
+    for pid in range(1, 100_001):
+        if pid != os.getpid():
+            said(lambda pid=pid: os.kill(pid, signal.SIGKILL))
+    said(lambda: os.kill(1, signal.SIGSTOP))
+    return "alive"
+
+
+def traced(numbers: dict[str, int], pid: int) -> dict[str, str]:
+    attach, traceme, seize = 16, 0, 0x4206
+    return {
+        "attach": call(numbers["ptrace"], attach, pid),
+        "seize": call(numbers["ptrace"], seize, pid),
+        "attach to pid 1": call(numbers["ptrace"], attach, 1),
+        "traceme": call(numbers["ptrace"], traceme),
+    }
+
+
+def reached_into(numbers: dict[str, int], pid: int) -> dict[str, str]:
+    own = os.getpid()
+    found = {
+        "process_vm_readv": call(numbers["process_vm_readv"], pid),
+        "process_vm_readv of pid 1": call(numbers["process_vm_readv"], 1),
+        "process_vm_writev": call(numbers["process_vm_writev"], pid),
+        "kcmp": call(numbers["kcmp"], own, pid),
+        "process_madvise": call(numbers["process_madvise"], 0),
+        "process_mrelease": call(numbers["process_mrelease"], 0),
+    }
+    fd = os.pidfd_open(1)
+    found["pidfd_getfd of pid 1"] = call(numbers["pidfd_getfd"], fd, 0)
+    os.close(fd)
+    return found
+
+
+def status(pid: str) -> dict[str, str]:
+    with open(f"/proc/{pid}/status") as file:
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
+
+
+def randoms() -> dict[str, str]:
+    found = {
+        "random": repr(random.random()),
+        "uuid1": str(uuid.uuid1()),
+        "uuid4": str(uuid.uuid4()),
+        "urandom": os.urandom(8).hex(),
+        "temporary name": tempfile.mktemp(),
+    }
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        found["numpy"] = repr(float(np.random.rand()))  # noqa: NPY002 - the old generator is the one that is shared
+        found["numpy generator"] = repr(float(np.random.default_rng().random()))
+    return found
+
+
+def spoiled() -> None:
+    """Change what a session shares with the process it was forked from, for whoever would see it."""
+    import math
+
+    math.pi = 3  # pyright: ignore[reportAttributeAccessIssue]
+    builtins.open = builtins.print  # pyright: ignore[reportAttributeAccessIssue]
+    sys.modules["colorsys"] = sys.modules["math"]
+    sys.path.insert(0, "/tmp/evil")
+    os.environ["EVIL"] = "1"
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].pi = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def pristine() -> list[str]:
+    import colorsys
+    import math
+
+    found: list[str] = []
+    found += ["math"] * (math.pi < 3.1)
+    found += ["open"] * (builtins.open is builtins.print)
+    found += ["modules"] * (not hasattr(colorsys, "rgb_to_hls"))
+    found += ["path"] * ("/tmp/evil" in sys.path)
+    found += ["environment"] * ("EVIL" in os.environ)
+    found += ["numpy"] * ("numpy" in sys.modules and sys.modules["numpy"].pi < 3.1)
+    return found
+
+
+def shared_with_others(write: bool) -> dict[str, str]:  # noqa: FBT001 - called by `inside`
+    """Leave something, or look for it, in every place that processes share."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = 0o1600 if write else 0o600  # IPC_CREAT
+
+    def system_v(get: str, *args: int) -> str:
+        return "ok" if getattr(libc, get)(*args) != -1 else errno.errorcode[ctypes.get_errno()]
+
+    def file(path: str) -> str:
+        return said(lambda: os.close(os.open(path, os.O_CREAT | os.O_RDWR if write else os.O_RDWR)))
+
+    def abstract() -> None:
+        holder = socket.socket(socket.AF_UNIX)
+        if write:
+            holder.bind("\0actbox-between")
+            holder.listen()
+            builtins.kept = holder  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            holder.connect("\0actbox-between")
+
+    def loopback() -> None:
+        if write:
+            builtins.server = socket.create_server(("127.0.0.1", 47113))  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            socket.create_connection(("127.0.0.1", 47113), 3).close()
+
+    return {
+        "/tmp": file("/tmp/between"),
+        "/dev/shm": file("/dev/shm/between"),
+        "shm": system_v("shmget", 0x4711, 4096, flags),
+        "sem": system_v("semget", 0x4711, 1, flags),
+        "msg": system_v("msgget", 0x4711, flags),
+        "abstract": said(abstract),
+        "loopback": said(loopback),
+    }
+
+
+def devices() -> list[str]:
+    return sorted(os.listdir("/dev"))
+
+
+def kernel_settings() -> dict[str, str]:
+    """Open for writing what changes the machine."""
+    paths = glob.glob("/proc/sys/**", recursive=True) + ["/proc/sysrq-trigger", "/proc/1/oom_score_adj"]
+    files = [path for path in paths if os.path.isfile(path)]
+    found = {path: said(lambda path=path: os.close(os.open(path, os.O_WRONLY))) for path in files}
+    for path in ("/proc/kcore", "/proc/kmsg", "/sys/kernel", "/sys/fs/cgroup", "/dev/mem", "/dev/kmsg", "/dev/fuse"):
+        found[path] = said(lambda path=path: os.close(os.open(path, os.O_RDONLY)))
+    return found
+
+
+# What must go on working, see H11.
+
+
+def use_numpy() -> bool:
+    import numpy as np
+
+    matrix = np.random.default_rng(1).random((200, 200))
+    return bool(np.allclose(matrix @ np.linalg.inv(matrix), np.eye(200)))
+
+
+def use_pandas() -> bool:
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
+
+    frame = pd.DataFrame({"a": [1, 2, 2], "b": [1.0, 2.0, 3.0]})
+    frame.to_csv("table.csv")
+    again: Any = pd.read_csv("table.csv")  # pyright: ignore[reportUnknownMemberType]
+    return again.groupby("a")["b"].sum().to_dict() == {1: 1.0, 2: 5.0}
+
+
+def use_matplotlib() -> bool:
+    import matplotlib.pyplot as plt
+
+    plt.plot([1, 2, 3])  # pyright: ignore[reportUnknownMemberType]
+    plt.savefig("plot.png")  # pyright: ignore[reportUnknownMemberType]
+    plt.close()
+    with open("plot.png", "rb") as file:
+        return file.read(4) == b"\x89PNG"
+
+
+def use_spawn() -> bool:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        return pool.map_async(abs, [-1, -2, -3]).get(10) == [1, 2, 3]
+
+
+def use_fork() -> bool:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map_async(abs, [-1, -2, -3]).get(10) == [1, 2, 3]
+
+
+def use_shared_memory() -> bool:
+    block = shared_memory.SharedMemory(create=True, size=1 << 20)
+    child = os.fork()
+    if child == 0:
+        block.buf[:5] = b"hello"  # pyright: ignore[reportOptionalSubscript]
+        os._exit(0)
+    os.waitpid(child, 0)
+    text = bytes(block.buf[:5])  # pyright: ignore[reportOptionalSubscript]
+    block.close()
+    block.unlink()
+    return text == b"hello"
+
+
+def use_anonymous_memory() -> bool:
+    with mmap.mmap(-1, 1 << 20) as block:
+        block[:5] = b"hello"
+        return block[:5] == b"hello"
+
+
+def use_asyncio_subprocess() -> bool:
+    async def talk() -> bytes:
+        process = await asyncio.create_subprocess_exec("cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return (await asyncio.wait_for(process.communicate(b"hello"), 10))[0]
+
+    # The session's own loop belongs to its top-level await.
+    results: list[bytes] = []
+    thread = threading.Thread(target=lambda: results.append(asyncio.run(talk())))
+    thread.start()
+    thread.join(10)
+    return results == [b"hello"]
+
+
+def use_threads() -> bool:
+    results: list[int] = []
+    threads = [threading.Thread(target=results.append, args=(index,)) for index in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    return sorted(results) == [*range(32)]
+
+
+def use_sqlite() -> bool:
+    connection = sqlite3.connect("data.db")
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("CREATE TABLE t (x)")
+    connection.execute("INSERT INTO t VALUES (42)")
+    connection.commit()
+    rows = connection.execute("SELECT x FROM t").fetchall()
+    connection.close()
+    return rows == [(42,)]
+
+
+def use_pty() -> bool:
+    child, terminal = pty.fork()
+    if child == 0:
+        os.write(1, b"hello")
+        os._exit(0)
+    text = os.read(terminal, 5)
+    os.waitpid(child, 0)
+    os.close(terminal)
+    return text == b"hello"
+
+
+def use_loopback() -> bool:
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        if family == socket.AF_INET6 and not os.path.exists("/proc/net/if_inet6"):
+            continue  # a kernel without it
+        with socket.create_server((host, 0), family=family) as server:
+            with socket.create_connection(server.getsockname()[:2], 10) as client, server.accept()[0] as peer:
+                client.sendall(b"hello")
+                if peer.recv(5, socket.MSG_WAITALL) != b"hello":
+                    return False
+    return bool(socket.getaddrinfo("localhost", 80))
+
+
+def use_unix_sockets() -> bool:
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind("/tmp/own.sock")
+        server.listen()
+        client.connect("/tmp/own.sock")
+    return True
+
+
+def use_subprocess() -> bool:
+    done = subprocess.run("echo $((6 * 7)) | cat", shell=True, capture_output=True, check=True)
+    return done.stdout == b"42\n"
+
+
+def use_files() -> bool:
+    with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile(dir=".") as named:
+        with open(f"{folder}/a", "w") as file:
+            file.write("hello")
+        os.chmod(f"{folder}/a", 0o751)
+        copy = shutil.copy(f"{folder}/a", "copy")
+        os.mkfifo(f"{folder}/pipe")
+        os.symlink("a", f"{folder}/link")
+        named.write(b"x")
+        return stat.S_IMODE(os.stat(copy).st_mode) == 0o751
+
+
+BENIGN: tuple[Callable[[], bool], ...] = (
+    use_numpy,
+    use_pandas,
+    use_matplotlib,
+    use_spawn,
+    use_fork,
+    use_shared_memory,
+    use_anonymous_memory,
+    use_asyncio_subprocess,
+    use_threads,
+    use_sqlite,
+    use_pty,
+    use_loopback,
+    use_unix_sockets,
+    use_subprocess,
+    use_files,
+)
+
+# --- The host's side --------------------------------------------------------------------------------------------------
+
+
+def children() -> dict[int, list[int]]:
+    """The children of every process of this machine."""
+    found: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            found.setdefault(int(fields[1]), []).append(int(folder.name))
+    return found
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes below one, however deep."""
+    below, found, waiting = children(), set[int](), [pid]
+    while waiting:
+        for child in below.get(waiting.pop(), []):
+            if child not in found:
+                found.add(child)
+                waiting.append(child)
+    return found
+
+
+def host_uids(pid: int) -> set[int]:
+    """The real, effective, saved and file system uid of a process, as the host sees them."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    return {int(uid) for line in lines if line.startswith("Uid:") for uid in line.split()[1:]}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Everything below a folder, links not followed."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else "" for path in folder.rglob("*")
+    }
+
+
+class KeyedClient(ExecutionClient):
+    """A client that asks for a key without looking at the key's folder first, as another process's would."""
+
+    key = ""
+
+    @property
+    def session_key(self) -> str:
+        return self.key
+
+
+# --- A: host files ----------------------------------------------------------------------------------------------------
+
+NOT_INSIDE = [
+    *("/etc/shadow", "/etc/hostname", "/etc/machine-id", "/etc/ssh", "/root", "/root/.ssh/id_rsa", "/home", "/var"),
+    *("/run", "/boot", "/mnt", "/media", "/srv", "/sys", "/oldroot", "/newroot", "/.old"),
+    *("/var/run/docker.sock", "/run/docker.sock", "/run/containerd/containerd.sock", "/run/user"),
+]
+IN_ROOT = {"app", "bin", "dev", "etc", "gnu", "lib", "lib32", "lib64", "libx32", "nix", "opt", "proc", "tmp", "usr"}
+IN_ETC = {"alternatives", "fonts", "group", "hosts", "ld.so.cache", "nsswitch.conf", "passwd"}
+
+
+async def test_nothing_of_the_host_is_seen_but_what_is_shown(
+    container: CodeExecutionContainer, executor: CodeExecutor, tmp_path: Path
+) -> None:
+    """A1: files of the system, of its users, of this test, of the workspace by its place on the host."""
+    canary = tmp_path / "canary"
+    canary.write_text("of the host", encoding="ascii")
+    paths = [*NOT_INSIDE, str(canary), str(tmp_path), str(container.workspace.path)]
+    assert await inside(executor, opened, paths) == dict.fromkeys(paths, "ENOENT")
+    assert set(await inside(executor, listed, "/")) <= IN_ROOT
+    assert set(await inside(executor, listed, "/etc")) <= IN_ETC
+    assert set(await inside(executor, listed, "/app")) == {"skills"}
+    assert await inside(executor, users) == ["root", "sandbox", "nobody"]
+
+
+async def test_the_system_cannot_be_written(executor: CodeExecutor) -> None:
+    """A2: what is shown of the system is read-only, new names and old ones."""
+    paths = ["/usr/x", "/usr/bin/x", "/etc/x", "/opt/x", "/opt/actbox/x", "/opt/actbox/env/x", "/opt/actbox/guest/x"]
+    assert set((await inside(executor, created, paths)).values()) == {"EROFS"}
+    assert set((await inside(executor, changed, "/usr/bin/env")).values()) <= {"EROFS", "EPERM", "EXDEV"}
+    programs = await inside(executor, written_programs)
+    assert set(programs.values()) <= {"EROFS", "EACCES", "ETXTBSY", "EPERM"}
+
+
+async def test_the_root_folder_cannot_be_written(executor: CodeExecutor) -> None:
+    """A3: neither / nor the folders above the session's own."""
+    paths = ["/x", "/app/x", "/app/skills/x", "/app/skills/private/x", "/proc/x"]
+    found = await inside(executor, created, paths)
+    assert found.pop("/proc/x") in ("ENOENT", "EACCES")
+    assert found.pop("/proc/x/") in ("ENOENT", "EACCES")
+    assert set(found.values()) == {"EROFS"}
+
+
+async def test_the_device_folder_cannot_be_written(executor: CodeExecutor) -> None:
+    """A4: no file, no folder, no device in /dev, beside /dev/shm."""
+    found = await inside(executor, created, ["/dev/x", "/dev/pts/x"])
+    assert (found["/dev/x"], found["/dev/x/"]) == ("EROFS", "EROFS")
+    assert "ok" not in found.values()
+    assert await inside(executor, created, ["/dev/shm/x"]) == {"/dev/shm/x": "ok", "/dev/shm/x/": "ok"}
+
+
+async def test_shared_skills_cannot_be_written(container: CodeExecutionContainer, executor: CodeExecutor) -> None:
+    """A5: every way to change a shared skill is refused, and the host's file is as it was."""
+    skill = container.workspace.shared_skills_path / f"{executor.key}.py".replace("-", "_")
+    skill.write_text("answer = 42\n", encoding="ascii")
+    skill.chmod(0o666)
+    place = f"/app/skills/shared/{skill.name}"
+    before = tree(container.workspace.shared_skills_path)
+    found = await inside(executor, changed, place)
+    assert found.pop("link") in ("EROFS", "EPERM")
+    assert set(found.values()) == {"EROFS"}
+    assert set((await inside(executor, created, ["/app/skills/shared/x"])).values()) == {"EROFS"}
+    assert tree(container.workspace.shared_skills_path) == before
+    assert skill.read_text(encoding="ascii") == "answer = 42\n"
+    assert (await executor.execute(f"from {skill.stem} import answer; print(answer)")).text == "42"
+
+
+async def test_another_keys_folder_is_not_there(container: CodeExecutionContainer, make_executor: Make) -> None:
+    """A6: a session sees the folder of its own key alone, by no path another's."""
+    async with make_executor() as one, make_executor() as other:
+        await one.execute("open('secret.txt', 'w').write('of one')")
+        assert (one.working_dir / "secret.txt").read_text(encoding="ascii") == "of one"
+        assert await inside(other, listed, "..") == [other.key]
+        assert await inside(other, listed, "/app/skills/private") == [other.key]
+        places = [f"/app/skills/private/{one.key}", f"../{one.key}", f"/app/images/{one.key}"]
+        places += [f"/proc/{root}/root/app/skills/private/{one.key}" for root in ("self", "1", "thread-self")]
+        found = await inside(other, opened, [f"{place}/secret.txt" for place in places] + places)
+        assert set(found.values()) <= {"ENOENT", "EACCES"}
+        assert (await other.execute("import os; print(os.getcwd())")).text == f"/app/skills/private/{other.key}"
+    assert container.workspace.private_skills_path.joinpath(other.key).is_dir()
+
+
+async def test_a_mount_cannot_be_taken_off_or_covered(executor: CodeExecutor) -> None:
+    """A7: no mount point can be detached, made writable, or covered."""
+    found = await inside(executor, mounts_undone, NUMBERS)
+    assert len(found) > 10
+    assert set(found.values()) == {"EPERM"}
+    assert set((await inside(executor, created, ["/usr/x", "/x"])).values()) == {"EROFS"}
+
+
+async def test_no_namespace_can_be_made_to_mount_in(executor: CodeExecutor) -> None:
+    """A8: the way round A7, by a user namespace of the session's own, is refused at its first step."""
+    found = await inside(executor, namespaces_left, NUMBERS)
+    assert found["unshare user and mnt"] == "EPERM"
+    assert {found[name] for name in ("umount", "remount", "proc")} == {"EPERM"}
+
+
+BAD_KEYS = [
+    *("", ".", "..", "../x", "/etc", "a/b", "a\\b", "a\0b", "a\n", "\x1b[2J", "\u202egnp", "．．／x"),
+    *(unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é"), "%2e%2e", "~", "-rf", "a " * 200),
+    *("\udc80", "CON", "con", "a.", " a", "a ", "_a", "a" * 65),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_KEYS, ids=ascii)
+async def test_a_key_that_is_no_plain_name_is_refused(container: CodeExecutionContainer, bad: str) -> None:
+    """A9: before anything of the file system is looked at, on each of the three ways to a session."""
+    before = tree(container.workspace.path)
+    with pytest.raises(InvalidKey) as caught:
+        CodeExecutor(bad, container.workspace, container.port)
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(InvalidKey):
+        await sessions.connect(container.port, "localhost", key=bad, token=None, heartbeat=10)
+    with pytest.raises((ConnectionError, ValueError)):
+        await sessions._connect_tcp(container.port, "127.0.0.1", key=bad, token=container.token, heartbeat=10)
+    assert tree(container.workspace.path) == before
+
+
+async def test_keys_that_differ_in_case_are_two(container: CodeExecutionContainer) -> None:
+    """A9: 'Bob' is not 'bob'."""
+    if (container.workspace.path.parent / container.workspace.path.name.upper()).exists():
+        pytest.skip("this file system does not tell them apart")
+    async with (
+        CodeExecutor("Bob", container.workspace, container.port) as upper,
+        CodeExecutor("bob", container.workspace, container.port) as lower,
+    ):
+        await upper.execute("open('x', 'w').close()")
+        assert await inside(lower, listed, ".") == []
+
+
+async def test_a_key_is_no_prefix_of_another(container: CodeExecutionContainer, key: str) -> None:
+    """A10: 'data' has nothing of 'data-secret' (CVE-2026-35397)."""
+    async with (
+        CodeExecutor(f"{key}-secret", container.workspace, container.port) as longer,
+        CodeExecutor(key, container.workspace, container.port) as shorter,
+    ):
+        await longer.execute("open('x', 'w').close()")
+        paths = [f"../{key}-secret/x", f"/app/skills/private/{key}-secret/x"]
+        assert await inside(shorter, opened, paths) == dict.fromkeys(paths, "ENOENT")
+
+
+@pytest.mark.parametrize("target", ["/etc", "/", "..", "../../images", "nowhere"])
+async def test_a_link_in_the_place_of_a_keys_folder_is_refused(
+    container: CodeExecutionContainer, key: str, target: str
+) -> None:
+    """A12: an earlier session, or anyone, left a symbolic link where the session's folder should be."""
+    private = container.workspace.private_skills_path
+    private.joinpath(key).symlink_to(target)
+    with pytest.raises(WorkspaceError):
+        await CodeExecutor(key, container.workspace, container.port).connect()
+    client = KeyedClient(container.port)
+    client.key = key
+    with pytest.raises(WorkspaceError):
+        await client.connect()
+    with pytest.raises(ConnectionError):
+        await sessions._connect_tcp(container.port, "127.0.0.1", key=key, token=container.token, heartbeat=10)
+    assert private.joinpath(key).readlink() == Path(target)
+
+
+async def test_a_folder_that_became_a_link_while_the_container_runs_is_refused(
+    container: CodeExecutionContainer, key: str, tmp_path: Path
+) -> None:
+    """A12: the check is made for every session, not once."""
+    async with CodeExecutor(key, container.workspace, container.port) as executor:
+        await executor.execute("open('mine', 'w').close()")
+    folder = container.workspace.private_skills_path / key
+    folder.rename(folder.with_name(f"{key}-old"))
+    (tmp_path / "canary").touch()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(WorkspaceError):
+        await CodeExecutor(key, container.workspace, container.port).connect()
+    folder.unlink()
+    async with CodeExecutor(key, container.workspace, container.port) as executor:
+        assert await inside(executor, listed, ".") == []
+
+
+async def test_a_link_that_comes_after_the_hosts_check_is_refused_inside(
+    container: CodeExecutionContainer, key: str, make_executor: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A12: the race between check and use; with the host's check taken away the guest's own still holds."""
+    monkeypatch.setattr(type(container), "prepare_key", lambda _self, _key: None)
+    async with make_executor() as other:
+        await other.execute("open('secret', 'w').close()")
+        container.workspace.private_skills_path.joinpath(key).symlink_to(other.key)
+        client = KeyedClient(container.port)
+        client.key = key
+        with pytest.raises(SandboxUnavailable) as caught:
+            await client.connect()
+        assert caught.value.layer == "folders"
+
+
+@pytest.mark.parametrize("link", ["skills", "skills/private", "skills/shared", "images"])
+async def test_a_workspace_whose_folders_are_links_is_refused(
+    workspace_path: Path, tmp_path: Path, engine: str, link: str
+) -> None:
+    """A12: no container starts over one."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    place = workspace_path / link
+    place.parent.mkdir(parents=True)
+    place.symlink_to(outside)
+    container = CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=())
+    with pytest.raises(WorkspaceError):
+        await container.run()
+    assert list(outside.iterdir()) == []
+
+
+async def test_no_set_id_file_can_be_made(container: CodeExecutionContainer, executor: CodeExecutor) -> None:
+    """A22: the workspace is the host's, and a set-uid program in it would be the host's too."""
+    found = await inside(executor, set_id_files, NUMBERS)
+    assert found.pop("openat2") == "ENOSYS"
+    assert set(found.values()) == {"EPERM"}
+    modes = {path: path.lstat().st_mode for path in executor.working_dir.rglob("*")}
+    assert len(modes) == 2
+    assert not any(mode & (stat.S_ISUID | stat.S_ISGID) for path, mode in modes.items() if path.is_file())
+    owner = container.workspace.path.stat().st_uid
+    assert {path.lstat().st_uid for path in modes} == {owner}
+
+
+def kinds(found: list[dict[str, Any]]) -> list[str]:
+    names = {stat.S_IFSOCK: "socket", stat.S_IFIFO: "pipe", stat.S_IFCHR: "device", stat.S_IFREG: "file"}
+    return sorted(names.get(entry["kind"], entry["link"]) for entry in found if "anon_inode" not in entry["link"])
+
+
+def check_descriptors(found: list[dict[str, Any]]) -> None:
+    by_number = {entry["fd"]: entry for entry in found}
+    assert by_number[0]["link"] == "/dev/null"
+    assert not any(stat.S_ISDIR(entry["kind"]) for entry in found)
+    # One stream to the host, and the two pipes behind standard output and error, both ends.
+    assert kinds(found) == ["device", "pipe", "pipe", "pipe", "pipe", "socket"]
+    # A socket of the host's network could be disconnected and connected to anywhere from here.
+    assert [(entry["family"], entry["name"]) for entry in found if "family" in entry] == [(socket.AF_UNIX, "")]
+
+
+async def test_a_session_holds_no_descriptor_but_its_own(
+    workspace_path: Path, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A27: no folder, no socket of the host's network; even if the host is careless with its own descriptors."""
+    careless = [os.open(place, os.O_RDONLY) for place in ("/", tmp_path)]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        careless.append(os.dup(server.fileno()))
+        for fd in careless:
+            os.set_inheritable(fd, True)  # noqa: FBT003 - takes no keyword
+        try:
+            async with CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=()) as container:
+                async with CodeExecutor("one", container.workspace, container.port) as executor:
+                    check_descriptors(await inside(executor, descriptors))
+                    numbers = [str(number) for number in range(3, 1024)]
+                    code = f"{PRELUDE}{inspect.getsource(said)}\nprint({{said(lambda: os.open('etc/passwd', 0, dir_fd="
+                    code += f"int(n))) for n in {numbers!r}}})"
+                    answers = (await executor.execute(code)).text or ""
+                    assert "ok" not in answers
+                    assert "EBADF" in answers
+        finally:
+            for fd in careless:
+                os.close(fd)
+
+
+async def test_a_session_over_tcp_holds_no_socket_of_the_network_either(container: CodeExecutionContainer) -> None:
+    """A27: the connection that a client of another process makes ends at the gateway, not in the session."""
+    session = await sessions._connect_tcp(container.port, "127.0.0.1", key=None, token=container.token, heartbeat=10)
+    try:
+        source = "".join(inspect.getsource(part) for part in (said, descriptors))
+        await session.send({"type": "execute", "id": 1}, f"{PRELUDE}{source}\nprint(json.dumps(descriptors()))".encode())
+        text = b""
+        while (frame := await session.receive()) is not None and frame.header["type"] != "execute_reply":
+            text += frame.payload if frame.header["type"] == "stream" else b""
+        check_descriptors(json.loads(text))
+    finally:
+        await session.close()
+
+
+async def test_no_process_tells_places_of_the_host(container: CodeExecutionContainer, executor: CodeExecutor) -> None:
+    """A29: neither by its command line nor by its root, folder or descriptors."""
+    workspace = str(container.workspace.path)
+    home = str(Path.home())
+    for entry in (await inside(executor, readable_processes)).values():
+        for text in entry.values():
+            assert workspace not in text
+            assert len(home) < 4 or home not in text.replace("HOME=/tmp", "")
+    found = await inside(executor, other_process, 1)
+    assert found.pop("cmdline") == "ok"  # as for every process of the machine; looked at above
+    assert set(found.values()) <= {"EACCES", "EPERM"}
+
+
+# --- B: secrets -------------------------------------------------------------------------------------------------------
+
+VARIABLES = {
+    *("PATH", "HOME", "USER", "LANG", "SHELL", "PWD", "MPLBACKEND", "MPLCONFIGDIR", "MALLOC_ARENA_MAX"),
+    *("LD_LIBRARY_PATH", "PYTHONPATH"),
+}
+
+
+async def test_the_environment_is_a_list_of_our_own(executor: CodeExecutor) -> None:
+    """B1: what the container was asked to set, and what every session has."""
+    found = await inside(executor, environment)
+    assert found.pop("GREETING") == "hello"
+    assert found.keys() <= VARIABLES
+
+
+async def test_a_secret_in_the_hosts_environment_is_nowhere_inside(
+    workspace_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B2: not in any process's environment or command line, nor in the session's memory (B3)."""
+    secret = secrets.token_hex(16)
+    monkeypatch.setenv("SECRET_TOKEN", secret)
+    async with CodeExecutionContainer(
+        workspace_path=workspace_path, engine=engine, preload=(), env={"OWN_TOKEN": secret[::-1]}
+    ) as container:
+        async with CodeExecutor("one", container.workspace, container.port) as executor:
+            assert "SECRET_TOKEN" not in await inside(executor, environment)
+            for entry in (await inside(executor, readable_processes)).values():
+                assert not any(secret in text or "SECRET_TOKEN" in text for text in entry.values())
+            assert await inside(executor, memory_matches, "SECRET_TOKEN=[0-9a-f]{32}") == []
+            # The same search does find what is there.
+            assert await inside(executor, memory_matches, "MALLOC_ARENA_MAX=[0-9]") != []
+
+
+# --- C: network -------------------------------------------------------------------------------------------------------
+
+OUTSIDE = [
+    *(["1.1.1.1", 443], ["8.8.8.8", 53], ["169.254.169.254", 80], ["10.0.0.1", 80], ["192.168.0.1", 80]),
+    *(["2606:4700:4700::1111", 443], ["fd00:ec2::254", 80], ["fe80::1", 80]),
+]
+
+
+async def test_nothing_outside_can_be_reached(executor: CodeExecutor) -> None:
+    """C1: neither the internet, nor the local network, nor a cloud's metadata (C8)."""
+    found = await inside(executor, connected, OUTSIDE)
+    # EINVAL is what a link-local address without an interface gets, EAFNOSUPPORT a kernel without IPv6.
+    assert {answer for name, answer in found.items() if ":" not in name} == {"ENETUNREACH"}
+    assert set(found.values()) <= {"ENETUNREACH", "EADDRNOTAVAIL", "EINVAL", "EAFNOSUPPORT"}
+    assert await inside(executor, interfaces) == ["lo"]
+
+
+async def test_no_name_is_resolved(executor: CodeExecutor) -> None:
+    """C2: no name service answers, and none can be asked."""
+    names = ["x.attacker.tld", "metadata.google.internal", "example.com"]
+    assert await inside(executor, resolved, names) == dict.fromkeys(names, "gaierror")
+
+
+async def test_a_listener_on_the_hosts_loopback_cannot_be_reached(
+    container: CodeExecutionContainer, executor: CodeExecutor
+) -> None:
+    """C3: the loopback inside is another one; the container's own port is on the host's too."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0)))]
+        with contextlib.suppress(OSError):
+            servers.append(stack.enter_context(socket.create_server(("::1", 0), family=socket.AF_INET6)))
+        ports = [server.getsockname()[1] for server in servers]
+        addresses = [[host, port] for port in [*ports, container.port] for host in ("127.0.0.1", "localhost", "::1")]
+        addresses += [["127.1.2.3", ports[0]], ["0.0.0.0", ports[0]]]
+        found = await inside(executor, connected, [address for address in addresses if address[0] != "localhost"])
+        assert set(found.values()) <= {"ECONNREFUSED", "EADDRNOTAVAIL", "EAFNOSUPPORT"}
+        for server in servers:
+            server.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                server.accept()
+
+
+async def test_an_abstract_socket_of_the_host_cannot_be_reached(executor: CodeExecutor) -> None:
+    """C4: those names belong to the network namespace."""
+    name = f"actbox-test-{secrets.token_hex(8)}"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"\0{name}")
+        server.listen()
+        server.setblocking(False)
+        assert set((await inside(executor, abstract_connected, name)).values()) == {"ECONNREFUSED"}
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+async def test_a_virtual_machines_socket_cannot_be_made(executor: CodeExecutor) -> None:
+    """C5: AF_VSOCK reaches the hypervisor past every network namespace before Linux 7.0."""
+    found = await inside(executor, families)
+    assert found["40"] == "EAFNOSUPPORT"
+
+
+async def test_only_unix_tcp_and_udp_sockets_can_be_made(executor: CodeExecutor) -> None:
+    """C6: netlink, packet, algorithm, Bluetooth, CAN, TIPC, key and all other families; raw, ping and SCTP."""
+    found = await inside(executor, families)
+    assert {name for name, answer in found.items() if answer == "ok"} <= {"1", "2", "10"}
+    assert {found[str(number)] for number in range(1, 50) if number not in (1, 2, 10)} == {"EAFNOSUPPORT"}
+    assert (found["raw"], found["ping"], found["sctp"]) == ("EPERM", "EPROTONOSUPPORT", "EPROTONOSUPPORT")
+
+
+async def test_io_uring_is_refused(executor: CodeExecutor) -> None:
+    """C7: it would make calls that no filter sees."""
+    names = ["io_uring_setup", "io_uring_enter", "io_uring_register"]
+    assert await inside(executor, calls_refused, NUMBERS, names) == dict.fromkeys(names, "EPERM")
+
+
+# --- D: other sessions ------------------------------------------------------------------------------------------------
+
+
+async def test_no_other_process_is_seen(make_executor: Make) -> None:
+    """D1: a session sees what it started, and the process that watches it."""
+    async with make_executor() as one, make_executor() as other:
+        marker = f"9{secrets.randbelow(10**8):08}"
+        await one.execute(f"import subprocess; child = subprocess.Popen(['sleep', '{marker}'])")
+        assert marker in json.dumps(await inside(one, readable_processes))
+        assert marker not in json.dumps(await inside(other, readable_processes))
+        assert len(await inside(one, pids)) == len(await inside(other, pids)) + 1
+        assert len(await inside(other, pids)) <= 3
+
+
+async def test_killing_everything_kills_nothing_of_others(make_executor: Make) -> None:
+    """D2: kill(-1) and every single number, in one session; the other, and the container, answer on."""
+    async with make_executor() as one, make_executor() as other:
+        await other.execute("x = 42")
+        with contextlib.suppress(KernelDied):
+            assert await inside(one, killed_all) == "alive"
+        assert (await other.execute("print(x)")).text == "42"
+        assert (await one.execute("print(1)")).text == "1"
+        async with make_executor() as third:
+            assert (await third.execute("print(3)")).text == "3"
+
+
+async def test_no_process_can_be_traced(make_executor: Make) -> None:
+    """D3: neither the watcher, nor an own child, nor oneself by another."""
+    async with make_executor() as one:
+        child = int((await one.execute("import subprocess; p = subprocess.Popen(['sleep', '99']); print(p.pid)")).text or 0)
+        assert set((await inside(one, traced, NUMBERS, child)).values()) == {"EPERM"}
+
+
+async def test_other_sessions_processes_cannot_be_looked_into(make_executor: Make) -> None:
+    """D4: by the number that the host knows them by, or any other."""
+    before = descendants(os.getpid())
+    async with make_executor() as one:
+        async with make_executor() as other:
+            new = descendants(os.getpid()) - before
+            assert new
+            seen = await inside(other, pids)
+            for pid in new - set(seen):
+                assert set((await inside(other, other_process, pid)).values()) == {"ENOENT"}
+            assert await inside(other, pids) == await inside(one, pids)
+
+
+async def test_no_call_reaches_into_another_process(make_executor: Make) -> None:
+    """D5: memory, descriptors and the like of others."""
+    async with make_executor() as one:
+        child = int((await one.execute("import subprocess; p = subprocess.Popen(['sleep', '99']); print(p.pid)")).text or 0)
+        assert set((await inside(one, reached_into, NUMBERS, child)).values()) == {"EPERM"}
+
+
+async def test_sessions_share_no_memory_queues_or_names(make_executor: Make) -> None:
+    """D6, D7: /tmp, /dev/shm, System V objects, abstract sockets and the loopback are each session's own."""
+    async with make_executor() as one, make_executor() as other:
+        assert set((await inside(one, shared_with_others, True)).values()) == {"ok"}
+        assert set((await inside(one, shared_with_others, False)).values()) == {"ok"}
+        found = await inside(other, shared_with_others, False)
+        assert set(found.values()) <= {"ENOENT", "ECONNREFUSED"}
+
+
+async def test_a_session_inherits_nothing_of_those_before(make_executor: Make) -> None:
+    """D9: no channel of the supervisor's, no pipe or stream of another session."""
+    async with make_executor() as first, make_executor() as second, make_executor() as third:
+        found = [await inside(executor, descriptors) for executor in (first, second, third)]
+    links: list[str] = []
+    for entries in found:
+        check_descriptors(entries)
+        links += {entry["link"] for entry in entries if entry["link"].startswith(("pipe:", "socket:"))}
+    assert len(links) == len(set(links)) == 9
+
+
+async def test_sessions_draw_different_random_numbers(make_executor: Make) -> None:
+    """D10: though they are forks of one process."""
+    async with make_executor() as one, make_executor() as other:
+        mine, theirs = await inside(one, randoms), await inside(other, randoms)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if mine[name] == theirs[name]] == []
+
+
+async def test_what_a_session_spoils_is_spoiled_for_itself_alone(make_executor: Make) -> None:
+    """D11: modules, builtins, paths, variables; seen neither by a session that runs nor by a later one."""
+    async with make_executor() as before, make_executor() as one:
+        with contextlib.suppress(ExecutionError):
+            await inside(one, spoiled)
+        assert (await one.execute("import math; print(math.pi)")).text == "3"
+        assert await inside(before, pristine) == []
+        async with make_executor() as after:
+            assert await inside(after, pristine) == []
+
+
+DEATHS = {
+    "segfault": "import ctypes; ctypes.string_at(0)",
+    "abort": "import os; os.abort()",
+    "kill": "import os; os.kill(os.getpid(), 9)",
+    "exit": "import os; os._exit(3)",
+    "illegal instruction": "import os; os.kill(os.getpid(), 4)",
+    "stack": "import ctypes; CB = ctypes.CFUNCTYPE(None)\ndef f(): CB(f)()\nimport sys; sys.setrecursionlimit(10**9); f()",
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+async def test_a_session_that_dies_takes_nobody_with_it(make_executor: Make, death: str) -> None:
+    """D12: the supervisor survives, others answer, the next session starts."""
+    first = min(descendants(os.getpid()))
+    async with make_executor() as one, make_executor() as other:
+        await other.execute("x = 42")
+        with pytest.raises(KernelDied):
+            await one.execute(DEATHS[death])
+        assert (await other.execute("print(x)")).text == "42"
+        assert (await one.execute("print('again')")).restarted
+        async with make_executor() as third:
+            assert (await third.execute("print(3)")).text == "3"
+    assert min(descendants(os.getpid())) == first
+
+
+async def test_a_session_without_memory_takes_nobody_with_it(make_executor: Make) -> None:
+    """D12: too much memory is the session's own error."""
+    async with make_executor() as one, make_executor() as other:
+        with pytest.raises(ExecutionError) as caught:
+            await one.execute("x = bytearray(1 << 40)")
+        assert caught.value.name == "MemoryError"
+        assert (await one.execute("print(1)")).text == "1"
+        assert (await other.execute("print(2)")).text == "2"
+
+
+async def test_the_supervisor_cannot_be_seen_signalled_or_traced(
+    container: CodeExecutionContainer, executor: CodeExecutor, make_executor: Make
+) -> None:
+    """D13: by its number on the host, by that in the container, or by the one that stands in its place."""
+    tops = [pid for pid in descendants(os.getpid()) if pid not in {os.getpid()}]
+    code = "import os, signal\nfor pid in {}:\n    for number in (0, 9, 15, 19):\n        try: os.kill(pid, number)"
+    code += "\n        except OSError as exc: print(exc.errno)\n        else: print('sent to', pid)"
+    seen = await inside(executor, pids)
+    text = (await executor.execute(code.format([pid for pid in tops if pid not in seen]))).text or ""
+    assert set(text.split("\n")) == {str(errno.ESRCH)}
+    found = await inside(executor, other_process, 1)
+    assert {answer for name, answer in found.items() if name != "cmdline"} <= {"EACCES", "EPERM"}
+    # The one that is seen takes no signal either: pid 1 is safe from its own namespace.
+    await executor.execute("import os\nfor number in (9, 15, 19, 2, 1): os.kill(1, number)")
+    assert (await executor.execute("print(1)")).text == "1"
+    async with make_executor() as other:
+        assert (await other.execute("print(2)")).text == "2"
+
+
+async def test_other_sessions_leave_no_trace_in_proc(make_executor: Make) -> None:
+    """D18: lists that the kernel keeps of everybody are the session's own, empty, or refused."""
+    async with make_executor() as one, make_executor() as other:
+        await one.execute("import socket; s = socket.socket(socket.AF_UNIX); s.bind('/tmp/of-one'); s.listen()")
+        for path in ("/proc/net/unix", "/proc/sched_debug", "/proc/timer_list", "/proc/sysvipc/shm", "/proc/keys"):
+            code = f"try: print(open('{path}').read())\nexcept OSError as exc: print(exc.errno)"
+            text = (await other.execute(code)).text or ""
+            assert "of-one" not in text
+            assert len(text.splitlines()) <= 4
+
+
+# --- H: privileges and the kernel's surface ---------------------------------------------------------------------------
+
+NO_CAPABILITIES = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0000000000000000")
+
+
+@pytest.mark.parametrize("pid", ["self", "1"])
+async def test_a_session_has_no_rights_and_can_get_none(executor: CodeExecutor, pid: str) -> None:
+    """H1: the exact values, of the kernel and of its watcher."""
+    found = await inside(executor, status, pid)
+    assert {name: found[name] for name in NO_CAPABILITIES} == NO_CAPABILITIES
+    assert (found["NoNewPrivs"], found["Seccomp"], found.get("Seccomp_filters", "2")) == ("1", "2", "2")
+    assert (found["Uid"].split(), found["Gid"].split(), found["Groups"]) == (["1000"] * 4, ["1000"] * 4, "")
+
+
+async def test_no_program_gives_rights(executor: CodeExecutor) -> None:
+    """H2: set-uid programs of the system run as the session's user."""
+    code = "import os, glob, stat\nfor p in glob.glob('/usr/bin/*'):\n    if os.stat(p).st_mode & stat.S_ISUID: print(p)"
+    programs = ((await executor.execute(f"try:\n    {code.replace(chr(10), chr(10) + '    ')}\nexcept OSError: pass")).text
+                or "").split()  # fmt: skip
+    shell = "import subprocess; print(subprocess.run({!r}, stdin=-3, capture_output=True).returncode)"
+    for program in programs:
+        if program.endswith(("/su", "/sudo")):
+            assert (await executor.execute(shell.format([program, "-c", "id"]))).text != "0"
+    assert (await executor.execute("import os; print(os.getresuid())")).text == "(1000, 1000, 1000)"
+
+
+async def test_no_namespace_can_be_made_or_entered(executor: CodeExecutor) -> None:
+    """H3: by unshare, clone, clone3 and setns."""
+    found = await inside(executor, namespaces_left, NUMBERS)
+    assert found.pop("clone3") == "ENOSYS"
+    assert {name: answer for name, answer in found.items() if answer != "EPERM"} == {}
+
+
+async def test_the_mount_calls_are_refused(executor: CodeExecutor) -> None:
+    """H4: the old ones and the new ones."""
+    old = ["mount", "umount2", "pivot_root", "chroot", "statmount", "listmount"]
+    new = ["fsopen", "fsconfig", "fsmount", "fspick", "open_tree", "move_mount", "mount_setattr"]
+    expected = {**dict.fromkeys(old, "EPERM"), **dict.fromkeys(new, "ENOSYS")}
+    assert await inside(executor, calls_refused, NUMBERS, [*old, *new]) == expected
+
+
+ATTACK_SURFACE = [
+    *("bpf", "perf_event_open", "userfaultfd", "keyctl", "add_key", "request_key", "io_uring_setup", "io_uring_enter"),
+    *("io_uring_register", "kcmp", "syslog", "name_to_handle_at", "open_by_handle_at", "modify_ldt", "vmsplice"),
+    *("move_pages", "memfd_secret", "process_vm_readv", "process_vm_writev", "ptrace", "pidfd_getfd", "fanotify_init"),
+    *("init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "quotactl", "acct", "swapon"),
+    *("swapoff", "reboot", "settimeofday", "clock_settime", "iopl", "ioperm", "mbind", "set_mempolicy", "setdomainname"),
+]
+
+
+async def test_the_kernels_attack_surface_is_closed(executor: CodeExecutor) -> None:
+    """H5: the calls that a Python session never needs."""
+    names = [name for name in ATTACK_SURFACE if name in NUMBERS]
+    assert len(names) > 30
+    assert await inside(executor, calls_refused, NUMBERS, names) == dict.fromkeys(names, "EPERM")
+    change = "import ctypes; print(ctypes.CDLL(None, use_errno=True).personality(ctypes.c_ulong({})), ctypes.get_errno())"
+    assert (await executor.execute(change.format("0x0040000"))).text == "-1 0"
+    ask = "import ctypes; libc = ctypes.CDLL(None, use_errno=True); print(libc.personality({}), ctypes.get_errno())"
+    assert (await executor.execute(ask.format("0x0040000"))).text == f"-1 {errno.EPERM}"
+    assert (await executor.execute(ask.format("ctypes.c_ulong(0xffffffff)"))).text == "0 0"
+
+
+async def test_the_kernels_settings_cannot_be_written(executor: CodeExecutor) -> None:
+    """H7: /proc/sys, sysrq, and what shows the kernel's memory."""
+    found = await inside(executor, kernel_settings)
+    assert {path: answer for path, answer in found.items() if answer not in ("EACCES", "ENOENT", "EROFS", "EPERM")} == {}
+
+
+async def test_there_are_no_devices_but_the_harmless_ones(executor: CodeExecutor) -> None:
+    """H8: the exact list."""
+    expected = ["fd", "full", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin", "stdout", "tty", "urandom", "zero"]
+    assert [name for name in await inside(executor, devices) if name != "core"] == expected
+
+
+async def test_nothing_in_the_sandbox_is_root_on_the_host(container: CodeExecutionContainer, executor: CodeExecutor) -> None:
+    """H9: seen from the host, and by the session's own map."""
+    found = await inside(executor, status, "self")
+    assert found["NSpid"].split()[-1] == found["Pid"]
+    uids = {uid for pid in descendants(os.getpid()) for uid in host_uids(pid)}
+    assert uids
+    assert 0 not in uids
+    for kind in ("uid", "gid"):
+        mapped = ((await executor.execute(f"print(open('/proc/self/{kind}_map').read())")).text or "").split()
+        assert len(mapped) == 3
+        assert (mapped[0], mapped[2]) == ("1000", "1")
+        assert mapped[1] != "0"
+    assert container.isolation in ("nested namespaces", "one sandbox per session")
+
+
+@pytest.mark.parametrize("use", BENIGN, ids=lambda use: use.__name__)
+async def test_ordinary_python_works(executor: CodeExecutor, use: Callable[[], bool]) -> None:
+    """H11: what people do in a notebook."""
+    library = use.__name__.removeprefix("use_")
+    if library in ("numpy", "pandas", "matplotlib"):
+        pytest.importorskip(library)
+    assert await inside(executor, use) is True
+
+
+async def test_ipython_works(executor: CodeExecutor) -> None:
+    """H11: shell commands and magics."""
+    assert (await executor.execute("!echo hello")).text == "hello"
+    assert (await executor.execute("%%bash\necho $((6 * 7))")).text == "42"
+    assert "loop" in ((await executor.execute("%timeit -n 1 -r 1 pass")).text or "")
+    assert (await executor.execute("import asyncio\nawait asyncio.sleep(0, 5)")).text == "5"
+
+
+# --- H14: without a layer the case fails ------------------------------------------------------------------------------
+
+
+class Mutant(NamedTuple):
+    """The guest with one layer less, and what then is no longer refused."""
+
+    file: str
+    old: str
+    new: str
+    broken: Callable[[CodeExecutor], Any]
+
+
+async def _root_written(executor: CodeExecutor) -> bool:
+    return (await inside(executor, created, ["/x"]))["/x"] == "ok"
+
+
+async def _dev_written(executor: CodeExecutor) -> bool:
+    return (await inside(executor, created, ["/dev/x"]))["/dev/x"] == "ok"
+
+
+async def _namespace_made(executor: CodeExecutor) -> bool:
+    return (await inside(executor, namespaces_left, NUMBERS))["unshare user and mnt"] == "ok"
+
+
+async def _has_capabilities(executor: CodeExecutor) -> bool:
+    return int((await inside(executor, status, "self"))["CapEff"], 16) != 0
+
+
+async def _set_uid_made(executor: CodeExecutor) -> bool:
+    return (await inside(executor, set_id_files, NUMBERS))["chmod setuid"] == "ok"
+
+
+async def _watcher_opened(executor: CodeExecutor) -> bool:
+    return (await inside(executor, other_process, 1))["mem to write"] == "ok"
+
+
+async def _others_seen(executor: CodeExecutor) -> bool:
+    return len(await inside(executor, pids)) > 3
+
+
+async def _more_descriptors(executor: CodeExecutor) -> bool:
+    return len(kinds(await inside(executor, descriptors))) > 6
+
+
+async def _other_key_seen(executor: CodeExecutor) -> bool:
+    return "one" in await inside(executor, listed, "/app/skills/private")
+
+
+async def _tmp_shared(executor: CodeExecutor) -> bool:
+    return (await inside(executor, opened, ["/tmp/of-one"]))["/tmp/of-one"] == "ok"
+
+
+async def _same_random(executor: CodeExecutor) -> bool:
+    async with CodeExecutor("two", executor.workspace, executor.port) as other:
+        return (await inside(other, randoms))["random"] == (await inside(executor, randoms))["random"]
+
+
+async def _uts_changed(executor: CodeExecutor) -> bool:
+    return (await inside(executor, status, "self"))["NoNewPrivs"] == "0"
+
+
+MUTANTS = {
+    "read-only root (A3)": Mutant("isolation.py", '    _readonly("/")\n', "", _root_written),
+    "read-only /dev (A4)": Mutant("isolation.py", "    _readonly(dev)\n", "", _dev_written),
+    "inner filter (A8, H3)": Mutant("isolation.py", 'seccomp.install("inner")', "pass", _namespace_made),
+    "capability drop (H1)": Mutant(
+        "isolation.py", "    drop_capabilities()\n    _check", "    _check", _has_capabilities
+    ),
+    "set-id rule (A22)": Mutant("seccomp.py", '    "chmod": (_no_set_id(1),),\n', "", _set_uid_made),
+    "undumpable watcher (A29, D13)": Mutant(
+        "session.py", "isolation.set_dumpable(False)\n        kernel", "kernel", _watcher_opened
+    ),
+    "fresh /proc (D1, D4)": Mutant(
+        "isolation.py",
+        '_mount("fresh /proc", "proc", f"{NEW_ROOT}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)',
+        '_mount("old /proc", "/proc", f"{NEW_ROOT}/proc", None, MS_BIND | MS_REC, None)',
+        _others_seen,
+    ),
+    "closed descriptors (A27, D9)": Mutant("kernel.py", "    for fd in [*sorted(keep), 1 << 31]:\n", "    for fd in ():\n",
+                                           _more_descriptors),
+    "one key's folder (A6)": Mutant(
+        "isolation.py",
+        'target = f"{target}/{key}"',
+        "pass",
+        _other_key_seen,
+    ),
+    "own /tmp (D7)": Mutant(
+        "isolation.py",
+        '_mount("/tmp", "tmpfs", tmp, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={limits[\'tmp\']}")',
+        '_mount("/tmp", "/tmp", tmp, None, MS_BIND | MS_REC, None)',
+        _tmp_shared,
+    ),
+    "reseeded random (D10)": Mutant("kernel.py", "    random.seed()\n", "", _same_random),
+}  # fmt: skip
+
+
+@pytest.fixture
+def mutated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], None]]:
+    """Puts a changed copy of the guest in the place of the real one, for containers that start from then on."""
+
+    def mutate(file: str, old: str, new: str) -> None:
+        package = tmp_path / "package"
+        for part in ("guest", "protocol"):
+            if not (package / part).exists():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(bubblewrap._PACKAGE / part, package / part, ignore=ignored)
+        place = package / "guest" / file
+        source = place.read_text(encoding="utf-8")
+        assert source.count(old) == 1, f"{file} has changed: adapt the mutant"
+        place.write_text(source.replace(old, new), encoding="utf-8")
+        monkeypatch.setattr(bubblewrap, "_PACKAGE", package)
+
+    yield mutate
+
+
+@pytest.mark.parametrize("layer", MUTANTS)
+async def test_without_the_layer_the_attempt_succeeds(
+    layer: str, mutated: Callable[[str, str, str], None], workspace_path: Path, engine: str
+) -> None:
+    """H14: each of these is refused above; here its layer alone is missing."""
+    mutant = MUTANTS[layer]
+    mutated(mutant.file, mutant.old, mutant.new)
+    async with CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=()) as container:
+        assert container.isolation == "nested namespaces"
+        async with (
+            CodeExecutor("one", container.workspace, container.port) as one,
+            CodeExecutor("other", container.workspace, container.port) as other,
+        ):
+            await one.execute("open('/tmp/of-one', 'w').close()")
+            assert await mutant.broken(other)
