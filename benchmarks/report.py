@@ -49,7 +49,7 @@ class Row:
 
 def table(rows: Sequence[Row], peer: str) -> str:
     """The rows as a Markdown table, aligned so that it can be read as it is."""
-    lines = [("", "actbox", peer, "ratio", "aim", "met")]
+    lines: list[Sequence[str]] = [("", "actbox", peer, "ratio", "aim", "met")]
     for number, row in enumerate(rows):
         mark = f" [{_mark(rows, number)}]" if row.note else ""
         aim = "" if row.aim is None else f"{row.aim:g}"

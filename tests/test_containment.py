@@ -651,9 +651,7 @@ def host_uids(pid: int) -> set[int]:
 
 def tree(folder: Path) -> dict[str, str]:
     """Everything below a folder, links not followed."""
-    return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else "" for path in folder.rglob("*")
-    }
+    return {str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else "" for path in folder.rglob("*")}
 
 
 class KeyedClient(ExecutionClient):
@@ -929,7 +927,9 @@ async def test_a_session_over_tcp_holds_no_socket_of_the_network_either(containe
     session = await sessions._connect_tcp(container.port, "127.0.0.1", key=None, token=container.token, heartbeat=10)
     try:
         source = "".join(inspect.getsource(part) for part in (said, descriptors))
-        await session.send({"type": "execute", "id": 1}, f"{PRELUDE}{source}\nprint(json.dumps(descriptors()))".encode())
+        await session.send(
+            {"type": "execute", "id": 1}, f"{PRELUDE}{source}\nprint(json.dumps(descriptors()))".encode()
+        )
         text = b""
         while (frame := await session.receive()) is not None and frame.header["type"] != "execute_reply":
             text += frame.payload if frame.header["type"] == "stream" else b""
@@ -1087,7 +1087,9 @@ async def test_killing_everything_kills_nothing_of_others(make_executor: Make) -
 async def test_no_process_can_be_traced(make_executor: Make) -> None:
     """D3: neither the watcher, nor an own child, nor oneself by another."""
     async with make_executor() as one:
-        child = int((await one.execute("import subprocess; p = subprocess.Popen(['sleep', '99']); print(p.pid)")).text or 0)
+        child = int(
+            (await one.execute("import subprocess; p = subprocess.Popen(['sleep', '99']); print(p.pid)")).text or 0
+        )
         assert set((await inside(one, traced, NUMBERS, child)).values()) == {"EPERM"}
 
 
@@ -1107,7 +1109,9 @@ async def test_other_sessions_processes_cannot_be_looked_into(make_executor: Mak
 async def test_no_call_reaches_into_another_process(make_executor: Make) -> None:
     """D5: memory, descriptors and the like of others."""
     async with make_executor() as one:
-        child = int((await one.execute("import subprocess; p = subprocess.Popen(['sleep', '99']); print(p.pid)")).text or 0)
+        child = int(
+            (await one.execute("import subprocess; p = subprocess.Popen(['sleep', '99']); print(p.pid)")).text or 0
+        )
         assert set((await inside(one, reached_into, NUMBERS, child)).values()) == {"EPERM"}
 
 
@@ -1231,7 +1235,9 @@ async def test_a_session_has_no_rights_and_can_get_none(executor: CodeExecutor, 
 
 async def test_no_program_gives_rights(executor: CodeExecutor) -> None:
     """H2: set-uid programs of the system run as the session's user."""
-    code = "import os, glob, stat\nfor p in glob.glob('/usr/bin/*'):\n    if os.stat(p).st_mode & stat.S_ISUID: print(p)"
+    code = (
+        "import os, glob, stat\nfor p in glob.glob('/usr/bin/*'):\n    if os.stat(p).st_mode & stat.S_ISUID: print(p)"
+    )
     programs = ((await executor.execute(f"try:\n    {code.replace(chr(10), chr(10) + '    ')}\nexcept OSError: pass")).text
                 or "").split()  # fmt: skip
     shell = "import subprocess; print(subprocess.run({!r}, stdin=-3, capture_output=True).returncode)"
@@ -1261,7 +1267,17 @@ ATTACK_SURFACE = [
     *("io_uring_register", "kcmp", "syslog", "name_to_handle_at", "open_by_handle_at", "modify_ldt", "vmsplice"),
     *("move_pages", "memfd_secret", "process_vm_readv", "process_vm_writev", "ptrace", "pidfd_getfd", "fanotify_init"),
     *("init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "quotactl", "acct", "swapon"),
-    *("swapoff", "reboot", "settimeofday", "clock_settime", "iopl", "ioperm", "mbind", "set_mempolicy", "setdomainname"),
+    *(
+        "swapoff",
+        "reboot",
+        "settimeofday",
+        "clock_settime",
+        "iopl",
+        "ioperm",
+        "mbind",
+        "set_mempolicy",
+        "setdomainname",
+    ),
 ]
 
 
@@ -1270,7 +1286,9 @@ async def test_the_kernels_attack_surface_is_closed(executor: CodeExecutor) -> N
     names = [name for name in ATTACK_SURFACE if name in NUMBERS]
     assert len(names) > 30
     assert await inside(executor, calls_refused, NUMBERS, names) == dict.fromkeys(names, "EPERM")
-    change = "import ctypes; print(ctypes.CDLL(None, use_errno=True).personality(ctypes.c_ulong({})), ctypes.get_errno())"
+    change = (
+        "import ctypes; print(ctypes.CDLL(None, use_errno=True).personality(ctypes.c_ulong({})), ctypes.get_errno())"
+    )
     assert (await executor.execute(change.format("0x0040000"))).text == "-1 0"
     ask = "import ctypes; libc = ctypes.CDLL(None, use_errno=True); print(libc.personality({}), ctypes.get_errno())"
     assert (await executor.execute(ask.format("0x0040000"))).text == f"-1 {errno.EPERM}"
@@ -1280,16 +1298,34 @@ async def test_the_kernels_attack_surface_is_closed(executor: CodeExecutor) -> N
 async def test_the_kernels_settings_cannot_be_written(executor: CodeExecutor) -> None:
     """H7: /proc/sys, sysrq, and what shows the kernel's memory."""
     found = await inside(executor, kernel_settings)
-    assert {path: answer for path, answer in found.items() if answer not in ("EACCES", "ENOENT", "EROFS", "EPERM")} == {}
+    assert {
+        path: answer for path, answer in found.items() if answer not in ("EACCES", "ENOENT", "EROFS", "EPERM")
+    } == {}
 
 
 async def test_there_are_no_devices_but_the_harmless_ones(executor: CodeExecutor) -> None:
     """H8: the exact list."""
-    expected = ["fd", "full", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin", "stdout", "tty", "urandom", "zero"]
+    expected = [
+        "fd",
+        "full",
+        "null",
+        "ptmx",
+        "pts",
+        "random",
+        "shm",
+        "stderr",
+        "stdin",
+        "stdout",
+        "tty",
+        "urandom",
+        "zero",
+    ]
     assert [name for name in await inside(executor, devices) if name != "core"] == expected
 
 
-async def test_nothing_in_the_sandbox_is_root_on_the_host(container: CodeExecutionContainer, executor: CodeExecutor) -> None:
+async def test_nothing_in_the_sandbox_is_root_on_the_host(
+    container: CodeExecutionContainer, executor: CodeExecutor
+) -> None:
     """H9: seen from the host, and by the session's own map."""
     found = await inside(executor, status, "self")
     assert found["NSpid"].split()[-1] == found["Pid"]

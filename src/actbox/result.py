@@ -190,12 +190,12 @@ class Fold:
         """A display as an output, with what the media budget still has room for; plain text counts as text."""
         self._omitted_media += event.left_out > 0
         data, metadata = event.data, event.metadata
-        cost = bundle_size(data, metadata) - _content_size(data.get("text/plain"))
+        cost = _media_cost(data, metadata)
         if self._media_size + cost > self._media_limit:
             self._omitted_media += 1
-            data = {mime: value for mime, value in data.items() if mime == "text/plain"}
-            metadata = dict[str, Any]()
-            cost = bundle_size(data, metadata) - _content_size(data.get("text/plain"))
+            text = plain_text(data)
+            data, metadata = ({"text/plain": text} if text else dict[str, Any]()), dict[str, Any]()
+            cost = _media_cost(data, metadata)
         self._media_size += cost
         if isinstance(event, ExecuteResult):
             return Output("execute_result", data=data, metadata=metadata, execution_count=event.execution_count)
@@ -207,8 +207,7 @@ class Fold:
         for outputs in (self._head, self._tail):
             for index, output in enumerate(outputs):
                 if output.display_id == event.display_id:
-                    self._media_size -= bundle_size(output.data, output.metadata)
-                    self._media_size += _content_size(output.data.get("text/plain"))
+                    self._media_size -= _media_cost(output.data, output.metadata)
                     self._replace(outputs, index, self._display(event))
         self._trim_tail()
 
@@ -319,8 +318,18 @@ def _split(output: Output, size: int, *, up: bool = False) -> tuple[Output, Outp
 def _plain(output: Output) -> str:
     if output.kind in ("stream", "error"):
         return output.text
-    text = output.data.get("text/plain", "")
+    return plain_text(output.data)
+
+
+def plain_text(data: MimeData) -> str:
+    """A display's text for those who show nothing else; empty if it has none."""
+    text = data.get("text/plain")
     return text if isinstance(text, str) else ""
+
+
+def _media_cost(data: MimeData, metadata: Mapping[str, Any]) -> int:
+    """What a display takes of the media budget: all but its plain text, which is counted as text."""
+    return bundle_size(data, metadata) - _text_size(plain_text(data))
 
 
 def _size(output: Output) -> int:

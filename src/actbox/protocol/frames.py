@@ -124,7 +124,11 @@ def parse_header(data: bytes) -> dict[str, Any]:
     """
     try:
         header: Any = json.loads(
-            data, parse_constant=_refuse, parse_int=_bounded_int, parse_float=_finite, object_pairs_hook=_unique
+            data.decode(),
+            parse_constant=_refuse,
+            parse_int=_bounded_int,
+            parse_float=_finite,
+            object_pairs_hook=_unique,
         )
     except (ValueError, RecursionError) as exc:
         raise FrameError(f"bad header: {type(exc).__name__}") from exc

@@ -115,7 +115,7 @@ def _content(form: str, block: bytes) -> Any:
         return block.decode("utf-8", "replace")
     if form == "json":
         try:
-            return json.loads(block, parse_constant=lambda constant: constant)
+            return _without_surrogates(json.loads(block.decode(), parse_constant=str))
         except (ValueError, RecursionError) as exc:
             raise ProtocolError("a display with malformed JSON") from exc
     raise ProtocolError("a display with a part of unknown form")
@@ -125,7 +125,7 @@ def _mapping(header: dict[str, Any]) -> dict[str, Any]:
     value: Any = header.get("metadata")
     if type(value) is not dict:
         raise ProtocolError("a display whose metadata is no object")
-    return cast("dict[str, Any]", value)
+    return cast("dict[str, Any]", _without_surrogates(value))
 
 
 def _display_id(header: dict[str, Any]) -> str | None:
@@ -149,6 +149,20 @@ def _text(header: dict[str, Any], field: str) -> str:
 def _valid(text: str) -> str:
     """JSON can spell a lone surrogate, which no encoding carries: it would break whoever writes the text."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _without_surrogates(value: Any) -> Any:
+    """A JSON value all of whose texts can be encoded; its depth is bounded by the parser that made it."""
+    match value:
+        case str():
+            return _valid(value)
+        case list():
+            return [_without_surrogates(item) for item in cast("list[Any]", value)]
+        case dict():
+            pairs = cast("dict[str, Any]", value).items()
+            return {_valid(name): _without_surrogates(item) for name, item in pairs}
+        case _:
+            return value
 
 
 def _number(header: dict[str, Any], field: str) -> int:
