@@ -142,13 +142,13 @@ async def _start(contender: Contender) -> float:
 
 
 async def _further(container: Container) -> _Further:
-    before = memory.descendants()
+    before = memory.descendants(os.getpid())
     began = time.perf_counter()
     async with container.session() as session:
         takes_cells = time.perf_counter() - began
         await session.run(IMPORTS)
         ready = time.perf_counter() - began
-        held = memory.unique(memory.descendants() - before)
+        held = memory.unique(memory.descendants(os.getpid()) - before)
         began = time.perf_counter()
         await session.close()
         return _Further(takes_cells, ready, time.perf_counter() - began, held)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ class Unique:
     unread: int
 
 
-def descendants() -> set[int]:
+def descendants(ancestor: int) -> set[int]:
     """The pids of all processes that this one started, and that those did."""
     children: defaultdict[int, list[int]] = defaultdict(list)
     for folder in _PROC.iterdir():
@@ -35,7 +34,7 @@ def descendants() -> set[int]:
                 continue
             children[int(rest[1])].append(int(folder.name))
     found: set[int] = set()
-    waiting = [os.getpid()]
+    waiting = [ancestor]
     while waiting:
         new = children[waiting.pop()]
         found.update(new)

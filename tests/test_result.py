@@ -136,7 +136,7 @@ def test_small_events_without_end_do_not_grow_the_result(events: list[Event]) ->
     fold = Fold(1 << 20, 1 << 20)
     # An update looks at every output kept, so there are fewer of them.
     updates = any(isinstance(event, UpdateDisplayData) for event in events)
-    for _ in range(2000 if updates else 30_000):
+    for _ in range(300 if updates else 30_000):
         for event in events:
             fold.add(event)
     result = fold.result(images=[], execution_count=1, duration=0.0)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _MAX_OUTPUTS = 10_000
+# More displays of one name than anybody shows; an update is a short frame, and may not cost the host long.
+_MAX_UPDATED = 100
 # What one output costs beside its text, so that a million empty ones are not free.
 _OVERHEAD = 64
 _MERGE_BELOW = 4096
@@ -133,15 +135,17 @@ class Fold:
             self.restarted = True
             return
         self.used = True
+        if isinstance(event, ClearOutput):
+            self._clear_next = event.wait
+            if not event.wait:
+                self._reset()
+            return
+        if isinstance(event, UpdateDisplayData):
+            self._update(event)
+            return
+        if self._clear_next:
+            self._reset()
         match event:
-            case ClearOutput(wait):
-                self._clear_next = wait
-                if not wait:
-                    self._reset()
-                return
-            case UpdateDisplayData():
-                self._update(event)
-                return
             case Error(name, value, trace):
                 self.error = event
                 output = Output("error", name=name, text=value, trace=trace)
@@ -149,8 +153,6 @@ class Fold:
                 output = Output("stream", name=name, text=text)
             case DisplayData() | ExecuteResult():
                 output = self._display(event)
-        if self._clear_next:
-            self._reset()
         self._append(output)
 
     def _append(self, output: Output) -> None:
@@ -188,11 +190,11 @@ class Fold:
 
     def _display(self, event: DisplayData | ExecuteResult | UpdateDisplayData) -> Output:
         """A display as an output, with what the media budget still has room for; plain text counts as text."""
-        self._omitted_media += event.left_out > 0
         data, metadata = event.data, event.metadata
         cost = _media_cost(data, metadata)
-        if self._media_size + cost > self._media_limit:
-            self._omitted_media += 1
+        fits = self._media_size + cost <= self._media_limit
+        self._omitted_media += event.left_out > 0 or not fits
+        if not fits:
             text = plain_text(data)
             data, metadata = ({"text/plain": text} if text else dict[str, Any]()), dict[str, Any]()
             cost = _media_cost(data, metadata)
@@ -205,10 +207,10 @@ class Fold:
         if event.display_id is None:
             return
         for outputs in (self._head, self._tail):
-            for index, output in enumerate(outputs):
-                if output.display_id == event.display_id:
-                    self._media_size -= _media_cost(output.data, output.metadata)
-                    self._replace(outputs, index, self._display(event))
+            found = [index for index, output in enumerate(outputs) if output.display_id == event.display_id]
+            for index in found[-_MAX_UPDATED:]:
+                self._media_size -= _media_cost(outputs[index].data, outputs[index].metadata)
+                self._replace(outputs, index, self._display(event))
         self._trim_tail()
 
     def _replace(self, outputs: list[Output] | deque[Output], index: int, new: Output) -> None:
@@ -333,8 +335,10 @@ def _media_cost(data: MimeData, metadata: Mapping[str, Any]) -> int:
 
 
 def _size(output: Output) -> int:
-    trace = _text_size(output.trace) if output.trace else 0
-    return _text_size(_plain(output)) + trace + (0 if output.kind == "stream" else _OVERHEAD)
+    if output.kind == "stream":
+        return _text_size(output.text)
+    error = _text_size(output.trace) + _text_size(output.name or "") if output.trace is not None else 0
+    return _text_size(_plain(output)) + error + _OVERHEAD
 
 
 def _text_size(text: str) -> int:

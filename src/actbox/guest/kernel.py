@@ -60,7 +60,7 @@ class Kernel:
         self._channel.start()
         shells.connect(self._channel)
         _prepare_process(start)
-        self._reloader.watch(start["skills"])
+        self._reloader.watch(start["skills"], self._interrupts)
         gc.enable()
         self._channel.now({"type": "ready", "python": sys.version.split()[0], "ipython": _ipython_version()})
         while (frame := self._next_request()) is not None:
@@ -145,6 +145,7 @@ def _prepare_process(start: dict[str, Any]) -> None:
     # A skill's bytecode is not worth a folder of files among the user's own, and one that is stale for a second
     # would hide an edit.
     sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     # Sessions are forks of one process: what was random there must not be the same in all of them.
     random.seed()
     numpy_random = sys.modules.get("numpy.random")

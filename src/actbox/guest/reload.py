@@ -9,6 +9,7 @@ matplotlib load would cost each cell more than the rest of its round trip.
 from __future__ import annotations
 
 import sys
+import traceback
 from importlib.machinery import FileFinder
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from IPython.core.interactiveshell import InteractiveShell
+
+    from .interrupts import Interrupts
 
 
 class SkillReloader:
@@ -36,10 +39,12 @@ class SkillReloader:
             # It reads the source of every loaded module after each check, and knows no bound.
             self._reloader.deduper_reloader.enabled = False
         self._folders: tuple[str, ...] = ()
+        self._interrupts: Interrupts | None = None
         self._seen = 0
 
-    def watch(self, folders: list[str]) -> None:
-        """Watch the modules below these folders from now on."""
+    def watch(self, folders: list[str], interrupts: Interrupts) -> None:
+        """Watch the modules below these folders from now on; `interrupts` tells the host's from the skill's own."""
+        self._interrupts = interrupts
         self._folders = tuple(f"{folder.rstrip('/')}/" for folder in folders)
 
     def before_cell(self) -> None:
@@ -49,8 +54,17 @@ class SkillReloader:
             if isinstance(finder, FileFinder):
                 finder.invalidate_caches()
         self._remember()
-        if self._reloader.modules:
+        if not self._reloader.modules:
+            return
+        try:
             self._reloader.check()
+        except KeyboardInterrupt:
+            if self._interrupts is not None and self._interrupts.delivered:
+                raise
+            traceback.print_exc()
+        except SystemExit:
+            # IPython lets it pass: a skill that leaves at its top level is a broken skill, not the kernel's end.
+            traceback.print_exc()
 
     def after_cell(self) -> None:
         """Note the state of modules that this cell imported."""

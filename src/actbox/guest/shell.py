@@ -112,6 +112,12 @@ class Hook(DisplayHook):
         cells: list[str] = self.shell.user_ns["_ih"]  # pyright: ignore[reportOptionalMemberAccess]
         return bool(cells) and ";" in cells[-1] and bool(super().quiet())
 
+    def start_displayhook(self) -> None:
+        """IPython's writes to `sys.stdout`, whatever the guest has put there."""
+
+    def finish_displayhook(self) -> None:
+        """See `start_displayhook`."""
+
     def write_output_prompt(self) -> None:
         """The prompt is the host's to draw."""
 
@@ -175,6 +181,8 @@ class Shell(InteractiveShell):
 
     input_transformer_manager = Instance(Transformer, ())
     displayhook_class = Type(Hook)
+    # The other way gives each `!command` a terminal: it would wait there for input that nobody can give.
+    system = InteractiveShell.system_raw
     display_pub_class = Type(Publisher)
     exit_now = AnyTrait(default_value=False)
 
@@ -322,20 +330,21 @@ def _metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
 def _plain(value: object) -> Any:
     """`value` as strict JSON: what JSON cannot hold becomes its text, key by key and item by item."""
     try:
-        text = json.dumps(value, default=str)
+        return json.loads(_valid(json.dumps(value, default=str)), parse_constant=str)
     except (TypeError, ValueError, RecursionError):
         if isinstance(value, dict):
             return {_valid(str(key)): _salvage(item) for key, item in value.items()}
         return _salvage(value)
-    return json.loads(_valid(text), parse_constant=str)
 
 
 def _salvage(value: object) -> Any:
     """A value that may not be JSON at all."""
     try:
         return json.loads(_valid(json.dumps(value, default=str)), parse_constant=str)
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError):
         return _valid(repr(value))[:10_000]
+    except RecursionError:
+        return "<nested too deeply>"
 
 
 def _valid(text: str) -> str:

@@ -1,0 +1,810 @@
+"""The command line, run as people run it: as a process, on the real engine, in a pipe and at a terminal."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import actbox.cli
+from actbox import EnvironmentBuildError, Layer, SandboxUnavailable, __version__
+from actbox.cli import ExitCode, main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+COMMAND = [sys.executable, "-m", "actbox"]
+# Who runs the tests may ignore SIGINT, as a shell's background job does, and that would be inherited. With a terminal,
+# it becomes the one that Ctrl-C is sent by.
+BEGIN = """
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if os.isatty(0):
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "actbox", *sys.argv[1:]])
+"""
+BOUND = 15.0
+HOSTILE = "\x1b]0;title\x07 \x1b[2J \x1b]52;c;ZXZpbA==\x07 \x1b]8;;http://e\x07 \x1b[6n \x9b31m \u202eback "
+HOSTILE += "\x1b[31mred one\rtwo"
+# The last, since it reaches to the end of its line.
+UNENDED = "\x90q"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sandbox() -> None:
+    """The tests of this file need a machine on which sandboxes can be built."""
+    done = subprocess.run([*COMMAND, "doctor"], capture_output=True, encoding="utf-8", timeout=BOUND, check=False)
+    if done.returncode == ExitCode.UNAVAILABLE and not os.environ.get("CI"):
+        pytest.skip(done.stdout)
+
+
+@pytest.fixture
+def environ() -> dict[str, str]:
+    return {
+        **{name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "ACTBOX_BWRAP")},
+        "TERM": "xterm",
+        # The terminals of these tests do not answer when asked where the cursor is.
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+        "PYTHONWARNINGS": "error::ResourceWarning",
+    }
+
+
+def run(
+    *arguments: str, workspace: Path, environ: dict[str, str], stdin: str = "", cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    where = [] if arguments[0] in ("doctor", "build") else ["--workspace", str(workspace)]
+    return subprocess.run(
+        [*COMMAND, arguments[0], *where, *arguments[1:]],
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=BOUND,
+        check=False,
+        env=environ,
+        cwd=cwd,
+    )
+
+
+@pytest.fixture
+def cli(workspace_path: Path, environ: dict[str, str]) -> Cli:
+    def call(*arguments: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+        return run(*arguments, workspace=workspace_path, environ={**environ, **more}, stdin=stdin)
+
+    return call
+
+
+class Running:
+    """A command that runs, whose output is read as it comes; at a terminal of its own if `terminal`."""
+
+    def __init__(self, arguments: Sequence[str], environ: dict[str, str], *, terminal: bool) -> None:
+        self._reading, child = pty.openpty() if terminal else os.pipe()
+        self._stdin = -1 if terminal else os.open(os.devnull, os.O_RDONLY)
+        stdin = child if terminal else self._stdin
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", BEGIN, *arguments],
+            stdin=stdin,
+            stdout=child,
+            stderr=child,
+            start_new_session=True,
+            env=environ,
+        )
+        os.close(child)
+        self.output = b""
+        self._seen = 0
+        self._deadline = time.monotonic() + BOUND
+
+    def until(self, expected: bytes) -> bytes:
+        """Read until something comes, behind what was waited for before; what came until then."""
+        while (found := self.output.find(expected, self._seen)) < 0:
+            assert self._read(), f"the command ended before it wrote {expected!r}: {self.output!r}"
+        begin, self._seen = self._seen, found + len(expected)
+        return self.output[begin : self._seen]
+
+    def end(self) -> int:
+        """Read to the end, and the exit code."""
+        while self._read():
+            pass
+        return self.process.wait(max(0.1, self._deadline - time.monotonic()))
+
+    def _read(self) -> bool:
+        left = self._deadline - time.monotonic()
+        if left <= 0 or not select.select([self._reading], [], [], left)[0]:
+            pytest.fail(f"nothing more came: {self.output!r}")
+        try:
+            data = os.read(self._reading, 65536)
+        except OSError:  # how the end of a terminal reads
+            data = b""
+        self.output += data
+        return bool(data)
+
+    def type(self, text: str) -> None:
+        os.write(self._reading, text.encode())
+
+    def stop_reading(self) -> None:
+        """Close the reading end."""
+        os.close(self._reading)
+        self._reading = -1
+
+    def descendants(self) -> list[int]:
+        """Descriptors of all processes that it started, directly or not."""
+        parents: dict[int, int] = {}
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit():
+                with contextlib.suppress(OSError):
+                    # The name, in parentheses, may hold anything.
+                    parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        found = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return [os.pidfd_open(pid) for pid in sorted(found - {self.process.pid})]
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.wait()
+        for fd in (self._reading, self._stdin):
+            if fd >= 0:
+                os.close(fd)
+
+
+@pytest.fixture
+def begin(workspace_path: Path, environ: dict[str, str]) -> Iterator[Callable[..., Running]]:
+    """Starts a command and leaves it running."""
+    with contextlib.ExitStack() as opened:
+
+        def call(command: str, *arguments: str, terminal: bool = False, **more: str) -> Running:
+            where = ["--workspace", str(workspace_path)] if command in ("run", "repl") else []
+            running = Running([command, *where, *arguments], {**environ, **more}, terminal=terminal)
+            opened.callback(running.close)
+            return running
+
+        yield call
+
+
+def all_end(pidfds: list[int]) -> bool:
+    """Whether all these processes end, within a bound."""
+    try:
+        poller = select.poll()
+        for fd in pidfds:
+            poller.register(fd, select.POLLIN)
+        deadline = time.monotonic() + 5
+        left = set(pidfds)
+        while left and (events := poller.poll(max(0.0, deadline - time.monotonic()) * 1000)):
+            for fd, _ in events:
+                poller.unregister(fd)
+                left.discard(fd)
+        return not left
+    finally:
+        for fd in pidfds:
+            os.close(fd)
+
+
+# -- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def test_output_goes_where_the_code_printed_it(cli: Cli) -> None:
+    done = cli("run", "-c", "import sys; print('out'); print('err', file=sys.stderr); 6 * 7")
+    assert (done.returncode, done.stdout, done.stderr) == (ExitCode.FINISHED, "out\n42\n", "err\n")
+
+
+def test_unfinished_lines_are_passed_on_as_they_are(cli: Cli) -> None:
+    done = cli("run", "-c", "print('no newline', end='')")
+    assert (done.stdout, done.stderr) == ("no newline", "")
+
+
+def test_a_display_stands_on_a_line_of_its_own(cli: Cli) -> None:
+    done = cli("run", "-c", "print('a', end=''); display('b'); print('c', end=''); 'd'")
+    assert done.stdout == "a\n'b'\nc\n'd'\n"
+
+
+def test_a_display_without_text_is_named_by_its_formats(cli: Cli) -> None:
+    done = cli("run", "-c", "display({'text/html': '<b>x</b>', 'x/\\x1b[2J': 'y'}, raw=True)")
+    assert done.stdout == "[text/html, x/]\n"
+
+
+def test_code_comes_from_a_file(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "code.py"
+    file.write_text("\ufeffprint('größe')\n", "utf-8")
+    assert cli("run", str(file)).stdout == "größe\n"
+
+
+def test_code_comes_from_standard_input(cli: Cli) -> None:
+    done = cli("run", "-", stdin="x = 20\nprint(x + 1)\n")
+    assert (done.returncode, done.stdout) == (ExitCode.FINISHED, "21\n")
+
+
+def test_output_comes_as_it_is_printed(begin: Callable[..., Running]) -> None:
+    running = begin("run", "-c", "print('first'); import threading; threading.Event().wait()")
+    running.until(b"first\n")
+    running.process.send_signal(signal.SIGINT)
+    assert running.end() == ExitCode.INTERRUPTED
+
+
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(20)).decode()
+SHOW_IMAGE = f"display({{'image/png': {PNG!r}, 'text/plain': 'a picture'}}, raw=True)"
+
+
+def test_images_are_saved_and_listed(cli: Cli, workspace_path: Path) -> None:
+    done = cli("run", "--key", "painter", "-c", SHOW_IMAGE)
+    assert done.stdout == "a picture\n"
+    listed = re.fullmatch(r"image: (.*)\n", done.stderr)
+    assert listed
+    assert Path(listed[1]).parent == workspace_path / "images" / "painter"
+    assert Path(listed[1]).read_bytes() == base64.b64decode(PNG)
+
+
+def test_nothing_of_the_environment_is_passed_in_unasked(cli: Cli) -> None:
+    done = cli("run", "-c", "import os; print(os.environ.get('SECRET'))", SECRET="hidden")
+    assert done.stdout == "None\n"
+
+
+def test_an_env_file_gives_the_session_its_variables(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "some.env"
+    file.write_text("TOKEN=abc\n")
+    done = cli("run", "--env-file", str(file), "-c", "import os; print(os.environ['TOKEN'])")
+    assert done.stdout == "abc\n"
+
+
+def test_skills_are_importable(cli: Cli, workspace_path: Path) -> None:
+    skill = workspace_path / "skills" / "private" / "default" / "greet.py"
+    skill.parent.mkdir(parents=True)
+    skill.write_text("def hello(): return 'hello'\n")
+    assert cli("run", "-c", "import greet; print(greet.hello())").stdout == "hello\n"
+
+
+# -- how it ends -----------------------------------------------------------------------------------------------------
+
+
+def test_the_codes_own_error_is_1_with_a_plain_traceback(cli: Cli) -> None:
+    done = cli("run", "-c", "print('before'); 1 / 0")
+    assert (done.returncode, done.stdout) == (ExitCode.ERROR, "before\n")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+    assert "Traceback" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["-c", "while True: pass", "--timeout", "0.3"], ExitCode.TIMED_OUT, "did not end within 0.3 s"),
+        (["-c", "import os; os._exit(7)"], ExitCode.DIED, "exited with code 7"),
+        (["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], ExitCode.DIED, "SIGKILL"),
+        (["-c", "1", "--tag", "never-built"], ExitCode.UNAVAILABLE, "actbox build -t never-built"),
+        (["-c", "1", "--key", "../up"], ExitCode.USAGE, "key='../up'"),
+        (["-c", "1", "--tag", "NO TAG"], ExitCode.USAGE, "tag='NO TAG'"),
+        (["-c", "1", "--engine", "steam"], ExitCode.USAGE, "engine='steam'"),
+        (["-c", "1", "--env-file", "/nonexistent.env"], ExitCode.USAGE, "nonexistent.env"),
+        (["/nonexistent.py"], ExitCode.USAGE, "No such file"),
+        (["/"], ExitCode.USAGE, "Is a directory"),
+        (["a\0b"], ExitCode.USAGE, "null byte"),
+    ],
+)
+def test_each_bad_end_has_its_code_and_one_line(
+    capfd: pytest.CaptureFixture[str], workspace_path: Path, arguments: list[str], code: ExitCode, words: str
+) -> None:
+    assert main(["run", "--workspace", str(workspace_path), *arguments]) == code
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert words in told.err.splitlines()[-1]
+    assert told.err.splitlines()[-1].startswith("actbox: ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["run"], ["run", "-c", "1", "file"], ["run", "-c", "1", "--timeout", "nan"]])
+def test_a_wrong_command_line_is_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == ExitCode.USAGE
+    assert "usage: actbox" in capsys.readouterr().err
+
+
+def test_a_missing_env_file_of_the_default_name_is_told_too(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "-c", "1", "--env-file", ".env"]) == ExitCode.USAGE
+    assert "does not exist" in capfd.readouterr().err
+
+
+def test_code_that_is_not_utf8_is_refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "latin.py"
+    file.write_bytes(b"print('gr\xfc\xdfe')")
+    assert main(["run", str(file)]) == ExitCode.USAGE
+    assert main(["run", "-c", "print('\udcfc')"]) == ExitCode.USAGE
+    assert capfd.readouterr().err.count("it is not UTF-8") == 2
+
+
+def test_a_sandbox_that_cannot_be_built_is_8(cli: Cli) -> None:
+    done = cli("run", "-c", "print('ran')", ACTBOX_BWRAP="/nonexistent")
+    assert (done.returncode, done.stdout) == (ExitCode.UNAVAILABLE, "")
+    assert done.stderr.startswith("actbox: the sandbox cannot be built: bubblewrap: /nonexistent")
+
+
+def test_a_workspace_that_is_a_file_is_9(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["run", "--workspace", str(file), "-c", "1"]) == ExitCode.HOST
+    assert "actbox: " in capfd.readouterr().err
+
+
+def test_a_guest_that_breaks_the_wire_is_7(capfd: pytest.CaptureFixture[str], workspace_path: Path) -> None:
+    garbage = (
+        "import os, socket, stat\n"
+        "for fd in range(3, 1024):\n"
+        "    try:\n"
+        "        if stat.S_ISSOCK(os.fstat(fd).st_mode): os.write(fd, b'\\xff' * 4096)\n"
+        "    except OSError: pass\n"
+        "while True: pass"
+    )
+    assert main(["run", "--workspace", str(workspace_path), "-c", garbage]) == ExitCode.VIOLATION
+    assert "broke the rules of the wire" in capfd.readouterr().err
+
+
+def test_a_container_that_is_killed_is_6(begin: Callable[..., Running]) -> None:
+    running = begin("run", "-c", "print('runs'); import threading; threading.Event().wait()")
+    running.until(b"runs")
+    pidfds = running.descendants()
+    for fd in pidfds:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+    assert running.end() == ExitCode.LOST
+    assert b"actbox: the container is gone" in running.output
+    assert all_end(pidfds)
+
+
+# -- signals and pipes -----------------------------------------------------------------------------------------------
+
+ENDLESS = "print('runs', flush=True)\nwhile True: pass"
+
+
+def test_ctrl_c_interrupts_the_code_and_leaves_no_process(begin: Callable[..., Running]) -> None:
+    running = begin("run", "-c", ENDLESS)
+    running.until(b"runs")
+    pidfds = running.descendants()
+    assert pidfds
+    running.process.send_signal(signal.SIGINT)
+    assert running.end() == ExitCode.INTERRUPTED
+    assert b"KeyboardInterrupt" in running.output
+    assert b"actbox: the cell was interrupted" in running.output
+    assert all_end(pidfds)
+
+
+def test_ctrl_c_at_a_terminal_does_the_same(begin: Callable[..., Running]) -> None:
+    running = begin("run", "-c", ENDLESS, terminal=True)
+    running.until(b"runs")
+    running.type("\x03")
+    assert running.end() == ExitCode.INTERRUPTED
+    assert b"actbox: the cell was interrupted" in running.output
+
+
+def test_a_second_ctrl_c_leaves_code_that_ignores_the_first(begin: Callable[..., Running]) -> None:
+    ignores = (
+        "while True:\n    try:\n        print('runs', flush=True)\n        while True: pass\n"
+        "    except KeyboardInterrupt: pass"
+    )
+    running = begin("run", "-c", ignores)
+    running.until(b"runs")
+    pidfds = running.descendants()
+    running.process.send_signal(signal.SIGINT)
+    running.until(b"runs")
+    running.process.send_signal(signal.SIGINT)
+    assert running.end() == ExitCode.INTERRUPTED
+    assert all_end(pidfds)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_other_signals_close_the_sandbox(begin: Callable[..., Running], number: signal.Signals, code: int) -> None:
+    running = begin("run", "-c", ENDLESS)
+    running.until(b"runs")
+    pidfds = running.descendants()
+    running.process.send_signal(number)
+    assert running.end() == code
+    assert b"Traceback" not in running.output
+    assert all_end(pidfds)
+
+
+def test_a_reader_that_stops_reading_does_not_keep_a_signal_from_working(begin: Callable[..., Running]) -> None:
+    running = begin("run", "-c", "print('runs')\nwhile True: print('x' * 1000)")
+    running.until(b"runs")
+    pidfds = running.descendants()
+    # The pipe is full soon; nobody reads on.
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(BOUND) == 143
+    assert all_end(pidfds)
+
+
+def test_a_closed_output_ends_the_command_without_a_word(begin: Callable[..., Running], tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    with errors.open("wb") as file:
+        process = subprocess.Popen(
+            [*COMMAND, "run", "--workspace", str(tmp_path / "workspace"), "-c", "while True: print('line')"],
+            stdout=subprocess.PIPE,
+            stderr=file,
+        )
+        assert process.stdout
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.wait(BOUND) == 128 + signal.SIGPIPE
+    assert errors.read_bytes() == b""
+
+
+def test_closed_standard_streams_do_no_harm(workspace_path: Path, environ: dict[str, str]) -> None:
+    script = f'exec "{sys.executable}" -m actbox run --workspace "{workspace_path}" -c "print(1)" <&- >&- 2>&-'
+    assert subprocess.run(["/bin/sh", "-c", script], env=environ, timeout=BOUND, check=False).returncode == 0
+
+
+def test_a_full_disk_is_told(cli: Cli, workspace_path: Path, environ: dict[str, str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "run", "--workspace", str(workspace_path), "-c", "print(1)"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=BOUND,
+            check=False,
+            env=environ,
+        )
+    assert (done.returncode, done.stderr) == (ExitCode.HOST, b"actbox: [Errno 28] No space left on device\n")
+
+
+# -- hostile text ----------------------------------------------------------------------------------------------------
+
+PRINT_ALL = f"""
+import sys
+text = {HOSTILE!a}
+print(text, {UNENDED!a})
+print(text, {UNENDED!a}, file=sys.stderr)
+sys.stdout.buffer.write(text.encode() + b"\\n")
+class Shown:
+    def __repr__(self): return text
+display(Shown())
+display({{'text/plain': text, text: text}}, raw=True)
+for letter in text: print(letter, end='', flush=True)
+print()
+raise type(text, (Exception,), {{}})(text)
+"""
+SGR = re.compile(rb"\x1b\[[0-9;]{0,64}m")
+
+
+def assert_harmless(output: bytes) -> None:
+    text = output.decode()
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", text), repr(text)
+    assert "title" not in text
+    assert "ZXZpbA" not in text
+    assert "red one" in text
+
+
+def test_escape_sequences_from_inside_do_not_come_out(cli: Cli) -> None:
+    done = cli("run", "-c", PRINT_ALL)
+    assert done.returncode == ExitCode.ERROR
+    assert "\r" not in done.stdout + done.stderr
+    assert_harmless(done.stdout.encode())
+    assert_harmless(done.stderr.encode())
+    assert "\\u202eback" in done.stdout
+
+
+def test_at_a_terminal_only_colors_of_a_traceback_come_out(begin: Callable[..., Running]) -> None:
+    running = begin("run", "-c", PRINT_ALL, terminal=True)
+    assert running.end() == ExitCode.ERROR
+    # A terminal makes "\r\n" of each newline; the only other "\r" are of the line that says what is waited for.
+    waiting, _, shown = running.output.replace(b"\r\n", b"\n").rpartition(b"\r")
+    assert waiting.startswith(b"\ractbox: starting...\r")
+    assert SGR.search(shown)
+    assert_harmless(SGR.sub(b"", shown))
+
+
+def test_no_color_is_respected(begin: Callable[..., Running]) -> None:
+    running = begin("run", "-c", "1 / 0", terminal=True, NO_COLOR="1")
+    assert running.end() == ExitCode.ERROR
+    assert b"ZeroDivisionError" in running.output
+    assert b"\x1b" not in running.output
+
+
+def test_what_is_waited_for_is_shown_and_taken_back_at_a_terminal(begin: Callable[..., Running]) -> None:
+    running = begin("run", "-c", "print('done')", terminal=True)
+    assert running.end() == ExitCode.FINISHED
+    assert re.fullmatch(rb"\ractbox: starting\.\.\.\r {19,}\r+done\r\n", running.output), running.output
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+FIELDS = {
+    *("outcome", "message", "text", "images", "outputs", "error", "state_kept", "signal", "exit_code"),
+    *("memory_limit", "execution_count", "duration", "restarted", "truncated"),
+}
+
+
+def one_document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.stdout.isascii()
+    assert done.stdout.endswith("\n")
+    assert done.stdout[:-1].isprintable()
+    document = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert document.keys() == FIELDS
+    return document
+
+
+def test_json_holds_a_result_whole(cli: Cli) -> None:
+    done = cli("run", "--json", "-c", f"print('größe\\x1b[2J\\x7f')\n{SHOW_IMAGE}\n6 * 7")
+    document = one_document(done)
+    assert (done.returncode, document["outcome"], document["message"]) == (ExitCode.FINISHED, "finished", None)
+    assert document["text"] == "größe\x1b[2J\x7f\na picture\n42"
+    assert [output["kind"] for output in document["outputs"]] == ["stream", "display_data", "execute_result"]
+    assert document["outputs"][1]["data"] == {"image/png": PNG, "text/plain": "a picture"}
+    assert document["outputs"][1]["base64"] == ["image/png"]
+    assert document["images"][0]["mime_type"] == "image/png"
+    assert Path(document["images"][0]["path"]).is_file()
+    assert document["state_kept"] is True
+    assert document["execution_count"] == 1
+    assert 0 < document["duration"] < BOUND
+    assert not document["restarted"]
+    assert not document["truncated"]
+
+
+def test_json_tells_of_an_error(cli: Cli) -> None:
+    done = cli("run", "--json", "-c", "print('before'); raise ValueError('bad\\x1b[2J')")
+    document = one_document(done)
+    assert (done.returncode, document["outcome"], document["text"]) == (ExitCode.ERROR, "error", "before")
+    assert document["error"]["name"] == "ValueError"
+    assert document["error"]["value"] == "bad\x1b[2J"
+    assert "Traceback" in document["error"]["trace"]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "facts"),
+    [
+        (["-c", "import os; os._exit(7)"], 5, {"outcome": "died", "exit_code": 7, "signal": None, "state_kept": False}),
+        (["-c", "import os; os.kill(os.getpid(), 9)"], 5, {"outcome": "died", "exit_code": None, "signal": 9}),
+        (["-c", "while True: pass", "--timeout", "0.3"], 4, {"outcome": "timed_out", "state_kept": True}),
+        (["-c", "1", "--tag", "never-built"], 8, {"outcome": "unavailable", "text": None, "outputs": []}),
+        (["-c", "print('x' * 3_000_000)"], 0, {"outcome": "finished", "truncated": True}),
+    ],
+)
+def test_json_tells_how_it_ended(cli: Cli, arguments: list[str], code: int, facts: dict[str, object]) -> None:
+    done = cli("run", "--json", *arguments)
+    document = one_document(done)
+    assert done.returncode == code
+    assert {name: document[name] for name in facts} == facts
+
+
+@pytest.mark.parametrize("body", ["[1e999, -1e999]", *("[" * depth + "]" * depth for depth in (200, 400, 480, 900))])
+def test_json_is_json_whatever_the_guest_displays(cli: Cli, body: str) -> None:
+    # The guest's own encoder refuses most of it: what is sent is made by hand, as a hostile guest would.
+    display = (
+        "from actbox_guest.guest import shell\n"
+        f"body = {body!r}.encode()\n"
+        "header = {'type': 'display_data', 'parts': [['application/json', 'json', len(body)]], 'metadata': {}}\n"
+        "shell.outputs.send(header, body)\n"
+    )
+    document = one_document(cli("run", "--json", "-c", display))
+    assert document["outcome"] in ("finished", "protocol_violation")
+
+
+def test_ctrl_c_still_gives_a_document(begin: Callable[..., Running], workspace_path: Path) -> None:
+    fifo = workspace_path / "skills" / "private" / "default" / "fifo"
+    fifo.parent.mkdir(parents=True)
+    os.mkfifo(fifo)
+    reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        running = begin("run", "--json", "-c", "with open('fifo', 'w') as file: file.write('runs')\nwhile True: pass")
+        assert select.select([reading], [], [], BOUND)[0]
+    finally:
+        os.close(reading)
+    running.process.send_signal(signal.SIGINT)
+    assert running.end() == ExitCode.INTERRUPTED
+    document = json.loads(running.output)
+    assert (document["outcome"], document["state_kept"]) == ("interrupted", True)
+    assert document["error"]["name"] == "KeyboardInterrupt"
+
+
+# -- repl ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_repl_runs_what_comes_through_a_pipe(cli: Cli) -> None:
+    done = cli("repl", stdin="x=1\nx+1\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Out[2]: 2\n", "")
+
+
+def test_the_repl_gathers_lines_until_they_are_complete(cli: Cli) -> None:
+    code = "for i in range(2):\n    print(i)\n\ndef f(\n  a,\n):\n  return a\n\nf(\n'x'\n)\n%%bash\necho hi\n\n"
+    code += "'''a\n\nb'''"
+    done = cli("repl", stdin=code)
+    assert done.stdout == "0\n1\nOut[3]: 'x'\nhi\nOut[5]: 'a\\n\\nb'\n"
+
+
+def test_the_repl_goes_on_after_errors_and_deaths(cli: Cli) -> None:
+    done = cli("repl", stdin="x = 1\n1 / 0\nx\nif\nimport os; os._exit(3)\n'x' in globals()\n")
+    assert done.returncode == 0
+    assert done.stdout == "Out[3]: 1\nOut[1]: False\n"
+    assert "ZeroDivisionError" in done.stderr
+    assert "SyntaxError" in done.stderr
+    assert "actbox: the kernel died: exited with code 3" in done.stderr
+    assert "begins without the session's state" in done.stderr
+
+
+def test_the_repl_never_runs_code_on_this_side(cli: Cli, tmp_path: Path) -> None:
+    done = cli("repl", stdin=f"!touch {tmp_path}/made\nopen('{tmp_path}/made', 'w')\nbreakpoint\n")
+    assert done.returncode == 0
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_repl_leaves_at_exit(cli: Cli) -> None:
+    done = cli("repl", stdin="1\nexit\n2\n")
+    assert (done.returncode, done.stdout) == (0, "Out[1]: 1\n")
+
+
+def test_the_repl_bounds_cells_when_asked(cli: Cli) -> None:
+    done = cli("repl", "--timeout", "0.3", stdin="x = 5\nwhile True: pass\n\nx\n")
+    assert (done.returncode, done.stdout) == (0, "Out[3]: 5\n")
+    assert "did not end within 0.3 s" in done.stderr
+
+
+def test_the_repl_ends_with_8_where_no_sandbox_can_be_built(cli: Cli) -> None:
+    assert cli("repl", stdin="1\n", ACTBOX_BWRAP="/nonexistent").returncode == ExitCode.UNAVAILABLE
+
+
+def test_the_repl_at_a_terminal_prompts_interrupts_and_leaves(begin: Callable[..., Running]) -> None:
+    running = begin("repl", terminal=True)
+    running.until(b"In [1]:")
+    running.type("6 * 7\r")
+    running.until(b"Out[1]: 42\r\n")
+    running.until(b"In [2]:")
+    # Pasted, as terminals mark it; the block is ended by an empty line.
+    running.type("\x1b[200~print('ru' + 'ns')\nwhile True: pass\x1b[201~\r\r")
+    running.until(b"runs\r\n")
+    running.type("\x03")
+    running.until(b"actbox: the cell was interrupted")
+    running.until(b"In [3]:")
+    running.type("print('a\\x1b[2Jb', end='')\r")
+    assert b"ab\r\n" in running.until(b"In [4]:")
+    running.type("abandoned\x03")
+    running.until(b"In [4]:")
+    running.type("import os; os._exit(1)\r")
+    running.until(b"actbox: the kernel died")
+    running.until(b"In [1]:")
+    running.type(f"{SHOW_IMAGE}\r")
+    running.until(b"image: ")
+    running.until(b"In [2]:")
+    running.type("\x04")
+    assert running.end() == 0
+
+
+def test_a_signal_at_the_prompt_leaves(begin: Callable[..., Running]) -> None:
+    running = begin("repl", terminal=True)
+    running.until(b"In [1]:")
+    pidfds = running.descendants()
+    running.process.terminate()
+    assert running.end() == 143
+    assert all_end(pidfds)
+
+
+# -- build and doctor ------------------------------------------------------------------------------------------------
+
+
+def test_build_passes_on_what_is_asked_for_and_shows_its_progress(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
+
+    def build(tag: str, packages: list[str], requirements: Path, python: str, progress: Callable[[str], None]) -> None:
+        asked.extend((tag, packages, requirements, python))
+        progress("Resolved \x1b[2Jall")
+
+    monkeypatch.setattr(actbox.cli, "build_environment", build)
+    assert main(["build", "-t", "mine", "-r", "needs.txt", "--python", "3.12", "numpy>=2", "rich"]) == 0
+    assert asked == ["mine", ["numpy>=2", "rich"], Path("needs.txt"), "3.12"]
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("Resolved all\nactbox: the environment mine is ready")
+
+
+def test_a_build_that_fails_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def build(tag: str, *_: object) -> None:
+        raise EnvironmentBuildError(tag, "no such package\nbecause \x1b[2Jreasons")
+
+    monkeypatch.setattr(actbox.cli, "build_environment", build)
+    assert main(["build", "-t", "mine", "nonesuch"]) == ExitCode.UNAVAILABLE
+    assert capfd.readouterr().err == "actbox: the environment 'mine' was not built: no such package because reasons\n"
+
+
+def test_a_build_of_the_default_environment_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "-t", "default"]) == ExitCode.USAGE
+    assert "choose another tag" in capfd.readouterr().err
+
+
+def test_a_build_that_is_terminated_cleans_up_after_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaned: list[bool] = []
+
+    def build(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the signal did nothing")
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr(actbox.cli, "build_environment", build)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["build", "-t", "mine"]) == 143
+    assert cleaned
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_doctor_finds_that_sandboxes_can_be_built(cli: Cli) -> None:
+    done = cli("doctor")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith(f"actbox {__version__}  python {sys.version.split()[0]}  kernel Linux ")
+    assert re.search(r"^ok +system call filter ", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-1].startswith("Sandboxes can be built on this machine")
+
+
+def test_doctor_says_what_is_missing_and_how_to_mend_it(cli: Cli) -> None:
+    done = cli("doctor", ACTBOX_BWRAP="/nonexistent")
+    assert done.returncode == ExitCode.UNAVAILABLE
+    assert re.search(
+        r"^MISSING  bubblewrap +/nonexistent: .*\n {11}-> Install the system's package", done.stdout, re.MULTILINE
+    )
+    assert done.stdout.splitlines()[-1] == "Sandboxes cannot be built on this machine: bubblewrap."
+
+
+def test_doctor_as_json(cli: Cli) -> None:
+    found = json.loads(cli("doctor", "--json").stdout)
+    assert found["actbox"] == __version__
+    assert found["can_build"] is True
+    assert {"name", "state", "detail", "remedy"} == found["layers"][0].keys()
+    assert {layer["state"] for layer in found["layers"]} <= {"on", "weaker"}
+
+
+def test_doctor_shows_weaker_layers_and_hostile_details_harmlessly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def examine(*_: object) -> list[Layer]:
+        return [Layer("fine", "on", "is\x1b[2J on"), Layer("sessions apart", "weaker", "one\neach", "Do\nthis.")]
+
+    monkeypatch.setattr(actbox.cli, "examine", examine)
+    assert main(["doctor"]) == 0
+    assert capfd.readouterr().out.splitlines()[2:] == [
+        "ok       fine            is on",
+        "weaker   sessions apart  one each",
+        "           -> Do this.",
+        "",
+        "Sandboxes can be built on this machine; weaker than it could be: sessions apart.",
+    ]
+
+
+# -- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"actbox {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_the_help_lists_every_exit_code(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 0
+    helped = capsys.readouterr().out
+    for code in ExitCode:
+        assert re.search(rf"^  {code.value}  ", helped, re.MULTILINE)
+
+
+def test_what_the_host_says_of_a_failure_is_one_harmless_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], workspace_path: Path
+) -> None:
+    async def fail(*_: object) -> None:
+        raise SandboxUnavailable("layer", "said \x1b]0;t\x07\nmuch", "Mend it.")
+
+    monkeypatch.setattr("actbox.CodeExecutionContainer.run", fail)
+    assert main(["run", "--workspace", str(workspace_path), "-c", "1"]) == ExitCode.UNAVAILABLE
+    assert capfd.readouterr().err == "actbox: the sandbox cannot be built: layer: said much. Mend it.\n"
