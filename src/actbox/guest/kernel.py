@@ -16,6 +16,7 @@ import os
 import random
 import signal
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from ..protocol import frames
@@ -118,6 +119,9 @@ class Kernel:
         loop.add_reader(self._stream, loop.stop)
         try:
             loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            # A task's own, and no cell's: asyncio would end the program.
+            traceback.print_exc()
         finally:
             loop.remove_reader(self._stream)
 

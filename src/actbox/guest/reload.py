@@ -54,17 +54,27 @@ class SkillReloader:
             if isinstance(finder, FileFinder):
                 finder.invalidate_caches()
         self._remember()
-        if not self._reloader.modules:
+        changed = [module for module in self._watched() if self._is_newer(module)]
+        if not changed:
             return
+        before = [(module, dict(module.__dict__)) for module in changed]
         try:
             self._reloader.check()
-        except KeyboardInterrupt:
-            if self._interrupts is not None and self._interrupts.delivered:
+        except BaseException as exc:
+            # IPython lets pass what is no Exception, and leaves the module empty. A skill that leaves at its top
+            # level is a broken skill, not the kernel's end.
+            for module, content in before:
+                module.__dict__.update({**content, **module.__dict__})
+            if isinstance(exc, KeyboardInterrupt) and self._interrupts is not None and self._interrupts.delivered:
                 raise
             traceback.print_exc()
-        except SystemExit:
-            # IPython lets it pass: a skill that leaves at its top level is a broken skill, not the kernel's end.
-            traceback.print_exc()
+
+    def _watched(self) -> list[ModuleType]:
+        return [sys.modules[name] for name in self._reloader.modules if name in sys.modules]
+
+    def _is_newer(self, module: ModuleType) -> bool:
+        _, modified = self._reloader.filename_and_mtime(module)
+        return modified is not None and modified > self._reloader.modules_mtimes.get(module.__name__, 0)
 
     def after_cell(self) -> None:
         """Note the state of modules that this cell imported."""

@@ -126,6 +126,7 @@ def fork_kernel(start: Start, config: dict[str, Any]) -> int:
         for fd in (*out, *err):
             os.close(fd)
         return child
+    code = 71
     try:
         os.close(start.status)
         os.setsid()
@@ -140,11 +141,12 @@ def fork_kernel(start: Start, config: dict[str, Any]) -> int:
         close_other_files(keep)
         plant(start.seeds)
         Kernel(start.stream, (out[0], err[0]), start.page, start.shell, start.reloader).serve(config)
+        code = 0
     except BaseException:  # noqa: BLE001 - the last place where it can be told
         traceback.print_exc()
-        os._exit(71)
     finally:
-        os._exit(0)
+        # Whatever the guest has made of Python itself: this process ends here.
+        os._exit(code)
 
 
 def _read_config(stream: socket.socket) -> dict[str, Any]:

@@ -44,6 +44,9 @@ MAX_METADATA = 256 << 10
 MAX_ERROR_TEXT = 64 << 10
 # What IPython's own syntax needs: magics, shell commands, help, auto-call at the start of a line, pasted prompts.
 _SPECIAL_SYNTAX = re.compile(r"[%!?\f\r]|^\s*(?:[,;/]|>>>|\.\.\.|In ?\[)", re.MULTILINE)
+# Bound once, as in frames.
+_to_json = json.JSONEncoder(separators=(",", ":"), default=str).encode
+_from_json = json.loads
 _SCALARS = frozenset((bool, int, float, complex, str, bytes))
 _BLANKS = frozenset(("", " ", "\t", "\n", "\v"))
 _TEXT_FORMATS = ("text/", "image/svg+xml", "application/javascript", "application/xml")
@@ -206,6 +209,10 @@ class Shell(InteractiveShell):
         """IPython 9 keeps a copy of all that a cell prints; a session's memory is not for that."""
         yield
 
+    def _format_exception_for_storage(self, exception: BaseException, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
+        """IPython 9 also keeps each exception's traceback; it trips over a `__str__` that raises."""
+        return {"ename": type(exception).__name__, "evalue": _message(exception), "traceback": []}
+
     def ask_exit(self) -> None:
         """`quit()` and `exit()` end the cell, not the session."""
         raise SystemExit
@@ -318,19 +325,19 @@ def _as_bytes(mime: str, value: object) -> tuple[str, bytes]:
         return "text", _cut(value, MAX_PLAIN_TEXT if mime == "text/plain" else MAX_BUNDLE).encode(
             "utf-8", "backslashreplace"
         )
-    return "json", json.dumps(_plain(value), separators=(",", ":")).encode()
+    return "json", _to_json(_plain(value)).encode()
 
 
 def _metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
     """A display's metadata, as far as it is an object of a sensible size."""
     plain = _plain(metadata or {})
-    return plain if isinstance(plain, dict) and len(json.dumps(plain)) <= MAX_METADATA else {}
+    return plain if isinstance(plain, dict) and len(_to_json(plain)) <= MAX_METADATA else {}
 
 
 def _plain(value: object) -> Any:
     """`value` as strict JSON: what JSON cannot hold becomes its text, key by key and item by item."""
     try:
-        return json.loads(_valid(json.dumps(value, default=str)), parse_constant=str)
+        return _from_json(_valid(_to_json(value)), parse_constant=str)
     except (TypeError, ValueError, RecursionError):
         if isinstance(value, dict):
             return {_valid(str(key)): _salvage(item) for key, item in value.items()}
@@ -340,7 +347,7 @@ def _plain(value: object) -> Any:
 def _salvage(value: object) -> Any:
     """A value that may not be JSON at all."""
     try:
-        return json.loads(_valid(json.dumps(value, default=str)), parse_constant=str)
+        return _from_json(_valid(_to_json(value)), parse_constant=str)
     except (TypeError, ValueError):
         return _valid(repr(value))[:10_000]
     except RecursionError:

@@ -25,6 +25,10 @@ PREFIX = struct.Struct("!II")
 _MAX_DIGITS = 20
 _MAX_KEYS = 10_000
 
+# Bound once: what a guest does to the json module is no reason for its kernel to fall silent.
+_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_from_json = json.loads
+
 
 class FrameError(Exception):
     """The bytes are not a frame: a length over its bound, or a header that is no plain JSON object."""
@@ -43,7 +47,7 @@ def encode(header: dict[str, Any], payload: bytes = b"") -> bytes:
     Raises:
         FrameError: header or payload are over their bounds.
     """
-    head = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    head = _to_json(header).encode()
     if len(head) > MAX_HEADER or len(payload) > MAX_PAYLOAD:
         raise FrameError(f"frame too large: header {len(head)}, payload {len(payload)} bytes")
     return b"".join((PREFIX.pack(len(head), len(payload)), head, payload))
@@ -123,7 +127,7 @@ def parse_header(data: bytes) -> dict[str, Any]:
         FrameError: it is anything else.
     """
     try:
-        header: Any = json.loads(
+        header: Any = _from_json(
             data.decode(),
             parse_constant=_refuse,
             parse_int=_bounded_int,
