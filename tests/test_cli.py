@@ -91,7 +91,7 @@ class Running:
     """A command that runs, whose output is read as it comes; at a terminal of its own if `terminal`."""
 
     def __init__(self, arguments: Sequence[str], environ: dict[str, str], *, terminal: bool) -> None:
-        self._reading, child = pty.openpty() if terminal else os.pipe()
+        self.reading, child = pty.openpty() if terminal else os.pipe()
         self._stdin = -1 if terminal else os.open(os.devnull, os.O_RDONLY)
         stdin = child if terminal else self._stdin
         self.process = subprocess.Popen(
@@ -122,22 +122,17 @@ class Running:
 
     def _read(self) -> bool:
         left = self._deadline - time.monotonic()
-        if left <= 0 or not select.select([self._reading], [], [], left)[0]:
+        if left <= 0 or not select.select([self.reading], [], [], left)[0]:
             pytest.fail(f"nothing more came: {self.output!r}")
         try:
-            data = os.read(self._reading, 65536)
+            data = os.read(self.reading, 65536)
         except OSError:  # how the end of a terminal reads
             data = b""
         self.output += data
         return bool(data)
 
     def type(self, text: str) -> None:
-        os.write(self._reading, text.encode())
-
-    def stop_reading(self) -> None:
-        """Close the reading end."""
-        os.close(self._reading)
-        self._reading = -1
+        os.write(self.reading, text.encode())
 
     def descendants(self) -> list[int]:
         """Descriptors of all processes that it started, directly or not."""
@@ -156,7 +151,7 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         self.process.wait()
-        for fd in (self._reading, self._stdin):
+        for fd in (self.reading, self._stdin):
             if fd >= 0:
                 os.close(fd)
 
@@ -424,7 +419,7 @@ def test_a_reader_that_stops_reading_does_not_keep_a_signal_from_working(begin: 
     assert all_end(pidfds)
 
 
-def test_a_closed_output_ends_the_command_without_a_word(begin: Callable[..., Running], tmp_path: Path) -> None:
+def test_a_closed_output_ends_the_command_without_a_word(tmp_path: Path) -> None:
     errors = tmp_path / "errors"
     with errors.open("wb") as file:
         process = subprocess.Popen(
@@ -444,7 +439,7 @@ def test_closed_standard_streams_do_no_harm(workspace_path: Path, environ: dict[
     assert subprocess.run(["/bin/sh", "-c", script], env=environ, timeout=BOUND, check=False).returncode == 0
 
 
-def test_a_full_disk_is_told(cli: Cli, workspace_path: Path, environ: dict[str, str]) -> None:
+def test_a_full_disk_is_told(workspace_path: Path, environ: dict[str, str]) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [*COMMAND, "run", "--workspace", str(workspace_path), "-c", "print(1)"],
@@ -597,7 +592,7 @@ def test_ctrl_c_still_gives_a_document(begin: Callable[..., Running], workspace_
     reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
         running = begin("run", "--json", "-c", "with open('fifo', 'w') as file: file.write('runs')\nwhile True: pass")
-        assert select.select([reading], [], [], BOUND)[0]
+        assert reading in select.select([reading, running.reading], [], [], BOUND)[0], running.output
     finally:
         os.close(reading)
     running.process.send_signal(signal.SIGINT)

@@ -1040,7 +1040,7 @@ async def test_no_process_tells_places_of_the_host(container: CodeExecutionConta
 
 VARIABLES = {
     *("PATH", "HOME", "USER", "LANG", "SHELL", "PWD", "MPLBACKEND", "MPLCONFIGDIR", "MALLOC_ARENA_MAX"),
-    *("LD_LIBRARY_PATH", "PYTHONPATH"),
+    *("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"),
 }
 
 

@@ -376,7 +376,7 @@ async def test_nothing_survives_though_a_child_of_the_host_does(workspace_path: 
     """E20: a forked child holds the other ends of all sockets, so their end alone would not be enough."""
     with host(fork_and_hold, workspace_path, own_tmp) as process:
         below = children()[process.pid]
-        child = next(pid for pid in below if pid in mentioning(str(workspace_path)))
+        (child,) = mentioning(fork_and_hold.__name__) & set(below)
         with held(descendants(process.pid) - {child}) as processes:
             assert len(processes) >= 6
             process.kill()
@@ -430,7 +430,7 @@ def test_a_container_outlives_the_thread_that_started_it(
         async with CodeExecutor("two", container.workspace, container.port) as other:
             assert (await other.execute("print(43)")).text == "43"
         with held(descendants(os.getpid()) - before) as processes:
-            assert survivors(processes, 0) == set(processes.values())
+            assert len(processes) >= 4
             await executors[0].disconnect()
             await container.kill()
             assert await none_survives(processes)
@@ -441,10 +441,8 @@ def test_a_container_outlives_the_thread_that_started_it(
     thread.join(BOUND)
     assert not thread.is_alive()
     try:
-        with held(descendants(os.getpid()) - before) as processes:
-            assert len(processes) >= 4
-            # The kernel sends that signal while the thread ends; a moment is enough to see that it did not.
-            assert survivors(processes, 0.2) == set(processes.values())
+        # The kernel sends that signal before it lets go of the thread.
+        assert loop.run_until_complete(until(lambda: not Path(f"/proc/self/task/{thread.native_id}").exists()))
         loop.run_until_complete(use_and_close())
     finally:
         loop.run_until_complete(loop.shutdown_default_executor())

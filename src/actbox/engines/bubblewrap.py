@@ -334,7 +334,7 @@ def _launch(bwrap: Bwrap, made: plan.Plan, layout: Layout) -> _BubblewrapBoundar
 
 def _spawn(bwrap: Bwrap, made: plan.Plan, output: int, pass_fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
     """Start bubblewrap for a plan, as an ordinary user whoever we are."""
-    staging = _Staging() if os.geteuid() == 0 else None
+    staging = _Staging(made) if os.geteuid() == 0 else None
     with contextlib.ExitStack() as opened:
 
         def data(text: str | bytes) -> int:
@@ -346,9 +346,6 @@ def _spawn(bwrap: Bwrap, made: plan.Plan, output: int, pass_fds: tuple[int, ...]
             return fd
 
         fds = list(pass_fds)
-        for step in made.steps:
-            if staging is not None and isinstance(step, plan.ReadOnly | plan.Writable):
-                staging.add(step.source, writable=isinstance(step, plan.Writable))
         arguments = plan.to_arguments(made, staging.place if staging else str, data)
         # By descriptor: a command line of host paths could be read by every user of the machine.
         packed = b"".join(os.fsencode(argument) + b"\0" for argument in arguments)
@@ -367,18 +364,13 @@ def _spawn(bwrap: Bwrap, made: plan.Plan, output: int, pass_fds: tuple[int, ...]
 class _Staging:
     """What root shows to the user it becomes: a number for each source, below `stage.STAGE`."""
 
-    def __init__(self) -> None:
+    def __init__(self, made: plan.Plan) -> None:
         self.mounts: list[tuple[str, str, list[int] | None]] = []
         self._places: dict[Path, str] = {}
-
-    def add(self, source: Path, *, writable: bool) -> None:
-        if source in self._places:
-            return
-        owner = None
-        if writable:
-            status = source.stat()
-            owner = [status.st_uid, status.st_gid]
-        self._places[source] = self._mount(source, str(len(self.mounts)), owner)
+        for step in made.steps:
+            if isinstance(step, plan.ReadOnly | plan.Writable) and step.source not in self._places:
+                owner = _owner(step.source) if isinstance(step, plan.Writable) else None
+                self._places[step.source] = self._mount(step.source, str(len(self.mounts)), owner)
 
     def place(self, source: Path) -> str:
         return self._places[source]
@@ -395,6 +387,15 @@ class _Staging:
     def _mount(self, source: Path, target: str, owner: list[int] | None) -> str:
         self.mounts.append((str(source), target, owner))
         return f"{stage.STAGE}/{target}"
+
+
+def _owner(folder: Path) -> list[int]:
+    try:
+        status = folder.stat()
+    except OSError as exc:
+        remedy = "Keep the container's folders in place while it starts."
+        raise SandboxUnavailable("staging", str(exc), remedy) from exc
+    return [status.st_uid, status.st_gid]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -432,7 +433,9 @@ def explain(output: str) -> SandboxUnavailable:
     """What bubblewrap or the staging said, as the layer that is missing."""
     staged = re.search(r"actbox-stage: ([^:]+): (.*)", output)
     if staged:
-        remedy = "Run as an ordinary user, or give root the right to mount (CAP_SYS_ADMIN)."
+        remedy = "Run as an ordinary user, or give root the rights to mount and to become another user."
+        if staged[1] == "staging":
+            remedy = "Keep the container's folders in place while it starts."
         return SandboxUnavailable(staged[1], staged[2], remedy)
     last = output.splitlines()[-1] if output else "it ended without a word"
     namespaces = ("namespace", "uid map", "gid map", "setting up uid", "loopback", "unshare", "Operation not permitted")

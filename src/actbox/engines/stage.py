@@ -118,9 +118,12 @@ def _user_namespace(owner: list[int], user: tuple[int, int]) -> int:
 
 
 def _become(uid: int, gid: int) -> None:
-    os.setgroups([])
-    os.setresgid(gid, gid, gid)
-    os.setresuid(uid, uid, uid)
+    try:
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+    except OSError as exc:
+        raise _StageError("unprivileged user", f"root may not become uid {uid} ({exc.strerror})") from exc
 
 
 def main() -> None:
@@ -136,8 +139,11 @@ def main() -> None:
                 _bind(source, target, owner, (work["uid"], work["gid"]))
             _become(work["uid"], work["gid"])
         os.execve(work["argv"][0], work["argv"], {})
-    except (OSError, _StageError) as exc:
+    except _StageError as exc:
         print(f"actbox-stage: {exc}", file=sys.stderr, flush=True)
+        sys.exit(96)
+    except OSError as exc:
+        print(f"actbox-stage: staging: {exc}", file=sys.stderr, flush=True)
         sys.exit(96)
 
 
