@@ -38,8 +38,8 @@ if os.isatty(0):
 os.execv(sys.executable, [sys.executable, "-m", "actbox", *sys.argv[1:]])
 """
 BOUND = 15.0
-HOSTILE = "\x1b]0;title\x07 \x1b[2J \x1b]52;c;ZXZpbA==\x07 \x1b]8;;http://e\x07 \x1b[6n \x9b31m \u202eback "
-HOSTILE += "\x1b[31mred one\rtwo"
+TITLE_CLEAR_CLIPBOARD = "\x1b]0;title\x07 \x1b[2J \x1b]52;c;ZXZpbA==\x07"
+HOSTILE = f"{TITLE_CLEAR_CLIPBOARD} \x1b]8;;http://e\x07 \x1b[6n \x9b31m \u202eback \x1b[31mred one\rtwo"
 # The last, since it reaches to the end of its line.
 UNENDED = "\x90q"
 

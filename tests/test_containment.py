@@ -1069,6 +1069,15 @@ async def test_a_secret_in_the_hosts_environment_is_nowhere_inside(
         assert await inside(executor, memory_matches, "MALLOC_ARENA_MAX=[0-9]") != []
 
 
+async def test_a_crash_starts_no_program_of_the_host(executor: CodeExecutor) -> None:
+    """B7: no core is written, and none handed to the host's core handler, which runs as root outside.
+
+    A handler behind a pipe is started although the limit is 0; 1 is the value that the kernel takes as "no handler".
+    """
+    code = "import resource; print(resource.getrlimit(resource.RLIMIT_CORE))"
+    assert (await executor.execute(code)).text == "(1, 1)"
+
+
 # --- C: network -------------------------------------------------------------------------------------------------------
 
 OUTSIDE = [

@@ -111,8 +111,8 @@ def traces() -> dict[str, object]:
         "descriptors": len(os.listdir("/proc/self/fd")),  # noqa: PTH208 - iterdir keeps one open
         "mounts": len(Path("/proc/self/mountinfo").read_bytes().splitlines()),
         "temporary files": sorted(os.listdir(tempfile.gettempdir())),  # noqa: PTH208
-        # asyncio's own worker threads wait for the next call.
-        "threads": sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate()),
+        # asyncio's worker threads wait for the next call; the launcher lives as long as the process.
+        "threads": sum(not thread.name.startswith(("asyncio_", "actbox-launcher")) for thread in threading.enumerate()),
     }
 
 

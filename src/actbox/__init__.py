@@ -8,6 +8,7 @@ from actbox.container import ExecutionContainer
 from actbox.doctor import Layer, examine
 from actbox.dotenv import dotenv_variables
 from actbox.engines import build_environment
+from actbox.engines import known as environments
 from actbox.errors import (
     ActboxError,
     ConnectionError,
@@ -75,6 +76,7 @@ __all__ = [
     "__version__",
     "build_environment",
     "dotenv_variables",
+    "environments",
     "examine",
     "execution_environment",
 ]

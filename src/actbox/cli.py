@@ -84,7 +84,7 @@ exit codes:
   7  the guest broke the rules of the wire
   8  the sandbox cannot be built here, or the environment is not there
   9  something else on this machine: the workspace, the port, the disk
-  129, 141, 143: ended by SIGHUP, because nobody reads the output, by SIGTERM
+  129, 141, 143  ended by SIGHUP; by a reader who left, as `| head` does; by SIGTERM
 
 Text from inside is made safe for a terminal: escape sequences are left out, other control characters are shown, a
 carriage return begins a new line. `run --json` has it all as it was.

@@ -28,6 +28,7 @@ from actbox.events import (
 )
 from actbox.execution import Execution, check_timeout
 from actbox.protocol import frames, messages
+from actbox.shielded import finish
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,12 +129,7 @@ class ExecutionClient:
         self._connected = False
         session, self._session = self._session, None
         runner, self._runner = self._runner, None
-        closing = asyncio.ensure_future(self._shut_down(session, runner))
-        try:
-            await asyncio.shield(closing)
-        except asyncio.CancelledError:
-            await closing
-            raise
+        await finish(self._shut_down(session, runner))
 
     async def _shut_down(self, session: Session | None, runner: asyncio.Task[None] | None) -> None:
         if session is not None:

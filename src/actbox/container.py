@@ -28,6 +28,7 @@ from actbox.errors import (
 from actbox.gateway import Gateway
 from actbox.link import Link
 from actbox.sessions import Exit
+from actbox.shielded import finish
 from actbox.spec import DEFAULT_TAG, Bind, ContainerSpec, Limits, check_key, make_binds
 from actbox.supervision import NestingRefused, Supervision
 
@@ -184,12 +185,7 @@ class ExecutionContainer:
         if self._state in ("closed", "closing"):
             return
         self._state = "closing"
-        closing = asyncio.ensure_future(self._shut_down())
-        try:
-            await asyncio.shield(closing)
-        except asyncio.CancelledError:
-            await closing
-            raise
+        await finish(self._shut_down())
 
     async def _shut_down(self) -> None:
         try:
@@ -345,10 +341,10 @@ class ExecutionContainer:
 
 
 class _LocalSession:
-    """A session of a container in this process: a socket straight to the kernel.
+    """A session of a container in this process: two sockets, one straight to the kernel and one to its watcher.
 
-    State: `_link`; `_number`, the supervisor's number for it; `_exit`, set once; in a sandbox of its own also that
-    sandbox, closed with the session. The exit is told in the supervisor's loop and waited for in the client's.
+    State: `_link` to the kernel; `_watch` to the watcher; `_exit`, set once; in a sandbox of its own also that sandbox,
+    closed with the session.
     """
 
     def __init__(
@@ -364,21 +360,27 @@ class _LocalSession:
         self._forget = forget
         self._loop = asyncio.get_running_loop()
         self._link: Link | None = None
-        self._number: int | None = None
+        self._watch: socket.socket | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._exit: Exit | None = None
         self._exited = asyncio.Event()
         self._oom_kills = oom_kills()
 
     async def start(self, config: dict[str, Any]) -> None:
         """Have the kernel forked, and wait until it is ready."""
-        host, guest = socket.socketpair()
-        with guest:
+        stream, their_stream = socket.socketpair()
+        watch, their_watch = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with their_stream, their_watch:
             try:
-                self._number = self._supervision.ask_session(guest, self._note_exit)
+                self._supervision.ask_session(their_stream, their_watch)
             except BaseException:
-                host.close()
+                stream.close()
+                watch.close()
                 raise
-        self._link = await Link.over(host)
+        watch.setblocking(False)
+        self._watch = watch
+        self._loop.add_reader(watch, self._hear)
+        self._link = await Link.over(stream)
         with contextlib.suppress(OSError):
             await self._link.send({"type": "start"}, json.dumps(config).encode())
         await sessions.wait_ready(self._link.receive, self._how_it_ended)
@@ -402,12 +404,22 @@ class _LocalSession:
         return self._link is None or self._link.ended or self._exit is not None
 
     def interrupt(self, cell: int) -> None:
-        if self._number is not None:
-            self._supervision.interrupt(self._number, cell)
+        self._order({"op": "interrupt", "cell": cell})
 
     def kill(self) -> None:
-        if self._number is not None:
-            self._supervision.kill(self._number)
+        self._order({"op": "kill"})
+        self._end_sandbox()
+
+    def _order(self, order: dict[str, Any]) -> None:
+        if self._watch is not None:
+            with contextlib.suppress(OSError):
+                self._watch.send(json.dumps(order).encode())
+
+    def _end_sandbox(self) -> None:
+        """In a sandbox of its own the kernel may have killed or stopped its watcher: the whole sandbox is ended."""
+        if self._own_boundary is not None and self._closing is None:
+            self._supervision.stop()
+            self._closing = asyncio.ensure_future(self._own_boundary.close())
 
     async def exited(self, timeout: float) -> Exit | None:
         with contextlib.suppress(TimeoutError):
@@ -415,30 +427,47 @@ class _LocalSession:
         return self._exit
 
     async def close(self) -> None:
-        if self._exit is None and self._number is not None:
+        if self._exit is None and self._watch is not None:
             self.kill()
             await self.exited(_EXIT_SECONDS)
+        # A watcher that has not ended until now ends with this socket.
+        self._stop_hearing()
         if self._link is not None:
             self._link.close()
-        if self._own_boundary is not None:
-            boundary, self._own_boundary = self._own_boundary, None
-            self._supervision.stop()
-            await boundary.close()
+        self._end_sandbox()
+        if self._closing is not None:
+            await asyncio.wait([self._closing])
         self._forget(self)
 
     def container_gone(self) -> None:
         """The container is being closed: whatever runs is lost."""
-        self._tell(Exit(gone=True))
+        with contextlib.suppress(RuntimeError):
+            # The client's loop may be another thread's, or closed: then nobody waits.
+            self._loop.call_soon_threadsafe(self._note_exit, Exit(gone=True))
+
+    def _hear(self) -> None:
+        """The watcher's one message, or its end."""
+        data = b""
+        with contextlib.suppress(BlockingIOError, OSError):
+            data = self._watch.recv(4096) if self._watch is not None else b""
+        self._stop_hearing()
+        if not data:
+            self._note_exit(Exit(gone=not self._supervision.answers()))
+            self._end_sandbox()
+            return
+        news: dict[str, Any] = json.loads(data)
+        self._note_exit(Exit(news.get("status"), news.get("begun") or 0, killed=bool(news.get("killed"))))
+
+    def _stop_hearing(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            self._loop.remove_reader(watch)
+            watch.close()
 
     def _note_exit(self, exit_: Exit) -> None:
         # A kernel may kill itself; that the machine killed something for memory meanwhile tells the other case.
         if _was_killed(exit_) and oom_kills() > self._oom_kills:
             exit_ = replace(exit_, memory_limit=self.limits.memory)
-        with contextlib.suppress(RuntimeError):
-            # The client's loop may be closed: then nobody waits.
-            self._loop.call_soon_threadsafe(self._tell, exit_)
-
-    def _tell(self, exit_: Exit) -> None:
         if self._exit is None:
             self._exit = exit_
             self._exited.set()

@@ -42,7 +42,7 @@ from actbox.files import looks_like
 from actbox.result import ExecutionResult, Fold, Image, bundle_size, image_types, strip_ansi
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
     from pathlib import Path
 
     from actbox.spec import Limits
@@ -130,7 +130,7 @@ class Execution:
             await self._wait_for_end()
         return self._conclude()
 
-    async def stream(self, timeout: float = 120) -> AsyncIterator[str]:
+    async def stream(self, timeout: float = 120) -> AsyncGenerator[str]:
         """The cell's text as it comes: what is printed, and the plain text of what is displayed.
 
         Arguments and errors are those of `result`, which is available at once when the stream has ended. Nothing is
@@ -141,7 +141,7 @@ class Execution:
             if chunk:
                 yield chunk
 
-    async def events(self, timeout: float = 120) -> AsyncIterator[Event]:
+    async def events(self, timeout: float = 120) -> AsyncGenerator[Event]:
         """Everything that the cell puts out, as it comes; arguments and errors are those of `result`."""
         with self._deadline(timeout):
             self._readers += 1

@@ -1,7 +1,6 @@
-"""The host's side of one supervisor: asks for sessions, passes interrupts on, hears how sessions end.
+"""The host's side of one supervisor: starts it, and has it hand sockets to new sessions.
 
-One `Supervision` per boundary. It may be used from any thread: what arrives is handled in the event loop that started
-it, and told to whoever asked in theirs.
+One `Supervision` per boundary, in the event loop of its container; `ask_session` may be called from any thread.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from actbox.errors import ConnectionError, SandboxUnavailable
-from actbox.sessions import Exit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,8 +40,8 @@ class NestingRefused(Exception):
 class Supervision:
     """See the module's text.
 
-    State: `_listeners`, whom to tell of a session's end, by its number; `_last`, the last number given; `_ready`,
-    completed by the supervisor's first word; `preload_errors`, modules that could not be loaded ahead.
+    State: `_ready`, completed by the supervisor's first word; `_warmed`, set when all is loaded; `_gone`;
+    `preload_errors`, modules that could not be loaded ahead.
     """
 
     def __init__(self, boundary: Boundary, on_gone: Callable[[], None]) -> None:
@@ -51,8 +49,6 @@ class Supervision:
         self._control = boundary.control
         self._on_gone = on_gone
         self._lock = threading.Lock()
-        self._listeners: dict[int, Callable[[Exit], None]] = {}
-        self._last = 0
         self._gone = False
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
@@ -103,35 +99,24 @@ class Supervision:
         """Wait until every library of `preload` was imported, or the supervisor is gone."""
         await self._warmed.wait()
 
-    def ask_session(self, stream: socket.socket, listener: Callable[[Exit], None]) -> int:
-        """Ask for a session whose kernel holds `stream`; `listener` hears of its end, in the supervisor's loop.
+    def ask_session(self, stream: socket.socket, watch: socket.socket) -> None:
+        """Ask for a session that holds these two sockets.
 
         Raises:
             ConnectionError: the supervisor is gone.
         """
-        with self._lock:
-            if self._gone:
-                raise ConnectionError("the container is gone")
-            self._last += 1
-            number = self._last
-            self._listeners[number] = listener
         try:
-            self._send({"op": "session", "session": number}, [stream.fileno()])
+            self._send({"op": "session"}, [stream.fileno(), watch.fileno()])
         except OSError as exc:
-            with self._lock:
-                self._listeners.pop(number, None)
             raise ConnectionError(f"the container does not answer: {exc}") from exc
-        return number
 
-    def interrupt(self, number: int, cell: int) -> None:
-        """Have SIGINT sent to the session if this cell runs then."""
-        with contextlib.suppress(OSError):
-            self._send({"op": "interrupt", "session": number, "cell": cell})
-
-    def kill(self, number: int) -> None:
-        """Have the session killed; its listener hears of it."""
-        with contextlib.suppress(OSError):
-            self._send({"op": "kill", "session": number})
+    def answers(self) -> bool:
+        """Whether the supervisor's end of its socket is open."""
+        if self._gone:
+            return False
+        poller = select.poll()
+        poller.register(self._control, 0)
+        return not poller.poll(0)
 
     def stop(self) -> None:
         """Forget the supervisor; call it before its boundary is closed, in its own loop."""
@@ -166,12 +151,6 @@ class Supervision:
             return
         message: dict[str, Any] = json.loads(data)
         match message:
-            case {"op": "exited", "session": int(number)}:
-                with self._lock:
-                    listener = self._listeners.pop(number, None)
-                if listener is not None:
-                    status, begun, killed = (message.get(field) for field in ("status", "begun", "killed"))
-                    listener(Exit(status, begun or 0, killed=bool(killed)))
             case {"op": "preload-failed", "module": str(module), "error": str(error)}:
                 self.preload_errors[module] = error
                 logger.warning("the module %s could not be loaded ahead: %s", module, error)
@@ -182,14 +161,10 @@ class Supervision:
                     self._ready.set_result(message)
 
     def _end(self) -> None:
-        with self._lock:
-            self._gone = True
-            listeners, self._listeners = list(self._listeners.values()), {}
+        self._gone = True
         if not self._ready.done():
             self._ready.set_result({})
         self._warmed.set()
-        for listener in listeners:
-            listener(Exit(gone=True))
 
 
 def _remedy(layer: str) -> str:

@@ -16,7 +16,7 @@ import sys
 import threading
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from actbox import ActboxError, ExecutionError
 from actbox.events import (
@@ -32,7 +32,7 @@ from actbox.events import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable, Generator
     from typing import TextIO
 
     from actbox import Execution
@@ -371,8 +371,7 @@ class CellPrinter:
         """Show a cell to its end and what there is to say of it; returns what `Execution.result` would raise."""
         failure: ActboxError | None = None
         try:
-            events = cast("AsyncGenerator[Event]", execution.events(timeout))
-            async with aclosing(events):
+            async with aclosing(execution.events(timeout)) as events:
                 async for event in events:
                     await self._show(event)
         except ActboxError as exc:

@@ -13,7 +13,7 @@ from actbox.errors import InvalidArgument
 if TYPE_CHECKING:
     from actbox.engines.base import Engine
 
-__all__ = ["NAMES", "available", "build_environment", "explain", "select"]
+__all__ = ["NAMES", "available", "build_environment", "explain", "known", "select"]
 
 NAMES = ("auto", "bubblewrap")
 
@@ -28,6 +28,11 @@ def select(name: str) -> Engine:
     if chosen not in NAMES:
         raise InvalidArgument("engine", chosen, f"the engines are: {', '.join(NAMES)}")
     return BubblewrapEngine()
+
+
+def known() -> tuple[str, ...]:
+    """The tags of the environments that there are, "default" first."""
+    return environments.known()
 
 
 def available(tag: str, modules: tuple[str, ...]) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, ClassVar
 from actbox.engines import environments, launcher, plan, stage
 from actbox.engines.base import Boundary, Engine, Layer, Layout
 from actbox.errors import SandboxUnavailable
+from actbox.shielded import finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,12 +150,7 @@ class _BubblewrapBoundary(Boundary):
         with contextlib.suppress(OSError):
             self.control.shutdown(socket.SHUT_RDWR)
         self.control.close()
-        closing = asyncio.ensure_future(asyncio.to_thread(self._wait_or_kill))
-        try:
-            await asyncio.shield(closing)
-        except asyncio.CancelledError:
-            await closing
-            raise
+        await finish(asyncio.to_thread(self._wait_or_kill))
 
     def _wait_or_kill(self) -> None:
         _end(self._process)

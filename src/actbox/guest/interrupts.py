@@ -81,6 +81,8 @@ class Interrupts:
         self._pending = False
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        # Tracebacks begin where the user's code was interrupted.
+        __tracebackhide__ = True
         if not wanted(self._page):
             return
         if self._depth:
@@ -94,6 +96,7 @@ class Interrupts:
             self._depth += 1
 
     def leave(self) -> None:
+        __tracebackhide__ = True
         if threading.get_ident() != self._main:
             return
         self._depth -= 1

@@ -2,21 +2,28 @@
 
 ::
 
-    supervisor ── fork ── A: enters new namespaces, forks once more, tells the supervisor B's pid, ends
-                          └── B: pid 1 of the session: builds the root, gives up every right, forks, then reaps
+    supervisor ── fork ── A: enters new namespaces, forks once more, ends
+                          └── B: pid 1 of the session: builds the root, gives up every right, forks, then watches
                               └── K: the kernel
 
-B cannot be signalled or looked into from inside; when K ends, B says how and ends too, and the system kills whatever
-else runs in the pid namespace. Where namespaces may not be nested the container holds one session alone: then the
-supervisor itself stands in B's place.
+A and B may be forked before anybody asks for a session; B then waits for its two sockets. On `stream` the host speaks
+to the kernel; on `watch` to B, which the guest cannot signal or look into: there come the orders to interrupt and to
+kill, and there goes the news of how the kernel ended. When either side of `watch` ends, so does the session: B's end
+ends everything in the pid namespace. Where namespaces may not be nested the container holds one session alone, B is
+no pid 1, and it is the host that ends the whole container.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
 import os
+import select
 import signal
+import socket
 import traceback
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..protocol import frames
@@ -25,100 +32,133 @@ from .caches import plant
 from .kernel import Kernel, close_other_files
 
 if TYPE_CHECKING:
-    import mmap
-    import socket
     from types import FrameType
 
     from .reload import SkillReloader
     from .shell import Shell
 
 _START_SECONDS = 10
+_DATAGRAM = 4096
 
 
+@dataclass
 class Start:
-    """What a session needs from the supervisor, handed on by fork."""
+    """What a session takes along from the supervisor; `handover` is where its two sockets will come from."""
 
-    def __init__(
-        self,
-        stream: socket.socket,
-        status: int,
-        page: mmap.mmap,
-        binds: list[dict[str, Any]],
-        seeds: list[list[str]],
-        shell: Shell,
-        reloader: SkillReloader,
-        *,
-        nested: bool,
-    ) -> None:
-        self.stream = stream
-        self.status = status
-        self.page = page
-        self.binds = binds
-        self.seeds = seeds
-        self.shell = shell
-        self.reloader = reloader
-        self.nested = nested
+    handover: socket.socket
+    binds: list[dict[str, Any]]
+    seeds: list[list[str]]
+    shell: Shell
+    reloader: SkillReloader
+    nested: bool
+
+
+@dataclass
+class _Sockets:
+    stream: socket.socket
+    watch: socket.socket
 
 
 def run_first(start: Start) -> NoReturn:
     """Process A: never returns."""
-    code = 70
     try:
-        start.stream.settimeout(_START_SECONDS)
-        config = _read_config(start.stream)
-        start.stream.settimeout(None)
         if start.nested:
             isolation.enter_namespaces()
-        child = os.fork()
-        if child == 0:
-            _run_second(start, config)
-        _tell(start.status, {"pid": child})
-        code = 0
-    except isolation.LayerError as exc:
-        _fail(start.stream, exc)
+        if os.fork() == 0:
+            _run_second(start)
     except BaseException as exc:  # noqa: BLE001 - a forked child must not run on into its parent's code
-        _fail(start.stream, isolation.LayerError("session", getattr(exc, "errno", None), repr(exc)))
+        with contextlib.suppress(OSError):
+            _fail(_take_sockets(start.handover).stream, exc)
     finally:
-        os._exit(code)
+        os._exit(0)
 
 
-def _run_second(start: Start, config: dict[str, Any]) -> NoReturn:
+def _run_second(start: Start) -> NoReturn:
     """Process B, pid 1 of a nested session: never returns."""
     try:
         signal.set_wakeup_fd(-1)
-        close_other_files({0, 1, 2, start.stream.fileno(), start.status})
-        limits = config["limits"]
-        if start.nested:
-            isolation.build_root(start.binds, config["key"], limits)
-            isolation.raise_loopback()
-        isolation.set_limits(limits)
-        isolation.give_up_rights()
-        # From here on the kernel, which has the same user, cannot open this process's memory or files.
-        isolation.set_dumpable(value=False)
-        kernel = fork_kernel(start, config)
-        start.stream.close()
-        _stand_watch(start, kernel)
-    except isolation.LayerError as exc:
-        _fail(start.stream, exc)
-    except BaseException as exc:  # noqa: BLE001 - see run_first
-        _fail(start.stream, isolation.LayerError("session", getattr(exc, "errno", None), repr(exc)))
-    finally:
+        close_other_files({0, 1, 2, start.handover.fileno()})
+        sockets = _take_sockets(start.handover)
+        try:
+            config = _read_config(sockets.stream)
+            limits = config["limits"]
+            if start.nested:
+                isolation.build_root(start.binds, config["key"], limits)
+                isolation.raise_loopback()
+            isolation.set_limits(limits)
+            isolation.give_up_rights()
+            # From here on the kernel, which has the same user, cannot open this process's memory or files.
+            isolation.set_dumpable(value=False)
+            page = mmap.mmap(-1, interrupts.PAGE)
+            children = _note_children()
+            kernel = _fork_kernel(start, sockets, page, config)
+        except BaseException as exc:
+            _fail(sockets.stream, exc)
+            raise
+        sockets.stream.close()
+        _stand_watch(sockets.watch, page, kernel, children)
+    except BaseException:  # noqa: BLE001 - see run_first; the host knows already, or is gone
         os._exit(70)
+    finally:
+        os._exit(0)
 
 
-def _stand_watch(start: Start, kernel: int) -> NoReturn:
-    def forward(_number: int, _frame: FrameType | None) -> None:
-        interrupts.forward(start.page, kernel)
+def _note_children() -> int:
+    """A descriptor that becomes readable when a child ends."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, _note_signal)
+    return reader
 
-    signal.signal(signal.SIGINT, forward)
+
+def _note_signal(_number: int, _frame: FrameType | None) -> None:
+    """A handler must stand for the wake-up descriptor to be written to."""
+
+
+def _stand_watch(watch: socket.socket, page: mmap.mmap, kernel: int, children: int) -> None:
+    """Serve the host's orders until the kernel or the host is gone; tell the host how the kernel ended."""
+    poller = select.poll()
+    poller.register(watch, select.POLLIN)
+    poller.register(children, select.POLLIN)
+    killed = False
     while True:
-        pid, status = os.wait()
-        if pid == kernel:
-            _tell(start.status, {"status": status})
-            os._exit(0)
+        for fd, _ in poller.poll():
+            if fd == children:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(children, 4096)
+                status = _reap(kernel)
+                if status is not None:
+                    news = {"status": status, "killed": killed, "begun": interrupts.begun(page)}
+                    with contextlib.suppress(OSError):
+                        watch.send(json.dumps(news).encode())
+                    return
+                continue
+            order = watch.recv(_DATAGRAM)
+            if not order:
+                return
+            match json.loads(order):
+                case {"op": "interrupt", "cell": int(cell)}:
+                    interrupts.set_target(page, cell)
+                    interrupts.forward(page, kernel)
+                case _:
+                    killed = True
+                    os.kill(kernel, signal.SIGKILL)
 
 
-def fork_kernel(start: Start, config: dict[str, Any]) -> int:
+def _reap(kernel: int) -> int | None:
+    """Collect the children that have ended, orphans among them; the kernel's wait status if it is one of them."""
+    status = None
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, ended = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid == kernel:
+                status = ended
+    return status
+
+
+def _fork_kernel(start: Start, sockets: _Sockets, page: mmap.mmap, config: dict[str, Any]) -> int:
     """Fork process K. Its parent has given up every right already."""
     out, err = os.pipe(), os.pipe()
     child = os.fork()
@@ -128,7 +168,7 @@ def fork_kernel(start: Start, config: dict[str, Any]) -> int:
         return child
     code = 71
     try:
-        os.close(start.status)
+        signal.set_wakeup_fd(-1)
         os.setsid()
         isolation.set_dumpable(value=True)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
@@ -137,10 +177,9 @@ def fork_kernel(start: Start, config: dict[str, Any]) -> int:
         os.dup2(err[1], 2)
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         os.dup2(null, 0)
-        keep = {0, 1, 2, start.stream.fileno(), out[0], err[0]}
-        close_other_files(keep)
+        close_other_files({0, 1, 2, sockets.stream.fileno(), out[0], err[0]})
         plant(start.seeds)
-        Kernel(start.stream, (out[0], err[0]), start.page, start.shell, start.reloader).serve(config)
+        Kernel(sockets.stream, (out[0], err[0]), page, start.shell, start.reloader).serve(config)
         code = 0
     except BaseException:  # noqa: BLE001 - the last place where it can be told
         traceback.print_exc()
@@ -149,25 +188,34 @@ def fork_kernel(start: Start, config: dict[str, Any]) -> int:
         os._exit(code)
 
 
+def _take_sockets(handover: socket.socket) -> _Sockets:
+    """Wait for the session's two sockets. The supervisor's end of this socket ends with the supervisor."""
+    _, fds, _, _ = socket.recv_fds(handover, 1, 2, socket.MSG_CMSG_CLOEXEC)
+    if len(fds) != 2:  # noqa: PLR2004 - stream and watch
+        raise EOFError("no session was handed over")
+    handover.close()
+    return _Sockets(socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1]))
+
+
 def _read_config(stream: socket.socket) -> dict[str, Any]:
     """The host's first frame: what this session is to be. The stream is the host's own until the kernel starts."""
     decoder = frames.Decoder()
+    stream.settimeout(_START_SECONDS)
     while (frame := decoder.next_frame()) is None:
         data = stream.recv(65536)
         if not data:
             raise EOFError("the host closed the session's stream")
         decoder.feed(data)
+    stream.settimeout(None)
     config: dict[str, Any] = json.loads(frame.payload)
     return config
 
 
-def _fail(stream: socket.socket, exc: isolation.LayerError) -> None:
-    try:
-        header = {"type": "failed", "layer": exc.layer, "errno": exc.errno, "detail": exc.detail[:2000]}
+def _fail(stream: socket.socket, exc: BaseException) -> None:
+    """Tell the host which layer could not be built."""
+    layer = exc.layer if isinstance(exc, isolation.LayerError) else "session"
+    number = getattr(exc, "errno", None)
+    detail = exc.detail if isinstance(exc, isolation.LayerError) else repr(exc)
+    header = {"type": "failed", "layer": layer, "errno": number, "detail": detail[:2000]}
+    with contextlib.suppress(OSError):
         stream.sendall(frames.encode(header))
-    except OSError:
-        return
-
-
-def _tell(status: int, fact: dict[str, int]) -> None:
-    os.write(status, json.dumps(fact).encode() + b"\n")

@@ -1,11 +1,10 @@
 """The first process of a container: trusted, single-threaded, never runs the guest's code.
 
-It imports the libraries once, then forks a process for every session that the host asks for, passes signals on, and
-says how each session ended. The host speaks to it in datagrams over one socket; when that socket ends, so does it, and
-with it the whole container.
+It imports the libraries once, then forks a process for every session that the host asks for, one ahead of need. It has
+no part in what becomes of them: host and session speak over sockets of their own (see `session`). The host speaks to
+it in datagrams over one socket; when that socket ends, so does it, and with it the whole container.
 
-State: the `_Session` of each running session by its number, the modules still to be preloaded, and whether all that
-can be done ahead is done.
+State: the modules still to be preloaded, whether all that can be done ahead is done, and the session in store.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import contextlib
 import gc
 import importlib
 import json
-import mmap
 import os
 import select
 import signal
@@ -24,7 +22,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from . import interrupts, isolation, seccomp
+from . import isolation, seccomp
 from .caches import plant
 
 if TYPE_CHECKING:
@@ -37,20 +35,6 @@ _DATAGRAM = 64 << 10
 _PROBE_SECONDS = 10
 
 
-class _Session:
-    """A session as the supervisor sees it: the pid of its first process, and how its kernel ended."""
-
-    def __init__(self, number: int, first: int, status: int, page: mmap.mmap) -> None:
-        self.number = number
-        self.first: int | None = first
-        self.status = status
-        self.page = page
-        self.pid: int | None = None
-        self.wait_status: int | None = None
-        self.killed = False
-        self.rest = b""
-
-
 class Supervisor:
     """See the module's text."""
 
@@ -61,7 +45,7 @@ class Supervisor:
         self._warm = False
         self._nested: bool = layout["nested"]
         self._seeds: list[list[str]] = layout["seeds"]
-        self._sessions: dict[int, _Session] = {}
+        self._spare: socket.socket | None = None
         self._shell: Shell
         self._reloader: SkillReloader
         self._children, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -95,18 +79,17 @@ class Supervisor:
         gc.freeze()
         self._send({"op": "ready", "seconds": time.monotonic() - began, "python": sys.version.split()[0]})
         while True:
-            for fd, _ in self._poller.poll(None if self._warm else 0):
-                if fd == self._control.fileno():
-                    if not self._serve_request():
-                        return
-                elif fd == self._children:
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(self._children, 4096)
+            idle = self._warm and (self._spare is not None or not self._nested)
+            events = self._poller.poll(None if idle else 0)
+            for fd, _ in events:
+                if fd == self._children:
                     self._reap()
-                else:
-                    self._read_status(fd)
+                elif not self._serve_request():
+                    return
             if not self._warm:
                 self._work_ahead()
+            elif not events and self._spare is None and self._nested:
+                self._spare = self._fork_session()
 
     def _work_ahead(self) -> None:
         """Do for all sessions to come what each would have to do: import one library, or at last warm up the shell."""
@@ -127,31 +110,31 @@ class Supervisor:
         gc.freeze()
         self._send({"op": "warm"})
 
-    # -- the host's requests -------------------------------------------------------------------------------------
-
     def _serve_request(self) -> bool:
-        message, fds, _, _ = socket.recv_fds(self._control, _DATAGRAM, 1, socket.MSG_CMSG_CLOEXEC)
+        """Hand a session's sockets to a process that was forked for it; False once the host is gone."""
+        message, fds, _, _ = socket.recv_fds(self._control, _DATAGRAM, 2, socket.MSG_CMSG_CLOEXEC)
         if not message:
             return False
-        request: dict[str, Any] = json.loads(message)
-        match request["op"]:
-            case "session":
-                self._start_session(request["session"], socket.socket(fileno=fds[0]))
-            case "interrupt":
-                self._interrupt(request["session"], request["cell"])
-            case "kill":
-                self._kill(request["session"])
-            case _:
-                for fd in fds:
-                    os.close(fd)
+        spare, self._spare = self._spare or self._fork_session(), None
+        try:
+            socket.send_fds(spare, [b"s"], fds)
+        except OSError:
+            # The one in store has ended, by the system's doing: a fresh one can say why if it ends too.
+            spare.close()
+            spare = self._fork_session()
+            with contextlib.suppress(OSError):
+                socket.send_fds(spare, [b"s"], fds)
+        spare.close()
+        for fd in fds:
+            os.close(fd)
         return True
 
-    def _start_session(self, number: int, stream: socket.socket) -> None:
+    def _fork_session(self) -> socket.socket:
+        """A session's first process, waiting for its sockets at the other end."""
         from .session import Start, run_first
 
-        page = mmap.mmap(-1, interrupts.PAGE)
-        status, writer = os.pipe2(os.O_CLOEXEC)
-        start = Start(stream, writer, page, self._binds, self._seeds, self._shell, self._reloader, nested=self._nested)
+        ours, theirs = socket.socketpair()
+        start = Start(theirs, self._binds, self._seeds, self._shell, self._reloader, self._nested)
         with warnings.catch_warnings():
             # Libraries may hold threads of their own (OpenBLAS does); they restart them after a fork.
             warnings.simplefilter("ignore")
@@ -159,89 +142,18 @@ class Supervisor:
         if first == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._control.close()
+            ours.close()
             run_first(start)
-        os.close(writer)
-        stream.close()
-        session = _Session(number, first, status, page)
-        self._sessions[number] = session
-        self._poller.register(status, select.POLLIN)
-
-    def _interrupt(self, number: int, cell: int) -> None:
-        session = self._sessions.get(number)
-        if session is None or session.pid is None:
-            return
-        interrupts.set_target(session.page, cell)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(session.pid, signal.SIGINT)
-
-    def _kill(self, number: int) -> None:
-        session = self._sessions.get(number)
-        if session is not None:
-            session.killed = True
-        if not self._nested:
-            self._kill_all()
-        for pid in (session.first, session.pid) if session is not None else ():
-            if pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-    # -- what became of the sessions -----------------------------------------------------------------------------
-
-    def _read_status(self, fd: int) -> None:
-        session = next((session for session in self._sessions.values() if session.status == fd), None)
-        if session is None:
-            self._poller.unregister(fd)
-            return
-        data = os.read(fd, 4096)
-        session.rest += data
-        while b"\n" in session.rest:
-            line, session.rest = session.rest.split(b"\n", 1)
-            fact: dict[str, int] = json.loads(line)
-            session.pid = fact.get("pid", session.pid)
-            session.wait_status = fact.get("status", session.wait_status)
-            if session.killed and session.pid is not None:
-                self._kill(session.number)
-        if not data:
-            self._poller.unregister(fd)
-            os.close(fd)
-            session.status = -1
-            self._finish(session)
-
-    def _finish(self, session: _Session) -> None:
-        """Nobody holds the status pipe any more: the watcher is gone, and with it, if nested, the whole session."""
-        if not self._nested:
-            self._kill_all()
-        del self._sessions[session.number]
-        self._send(
-            {
-                "op": "exited",
-                "session": session.number,
-                "status": session.wait_status,
-                "killed": session.killed,
-                "begun": interrupts.begun(session.page),
-            }
-        )
-        session.page.close()
-        self._reap()
-
-    def _kill_all(self) -> None:
-        """End everything in this container but this process: pid 1's `kill(-1)` reaches all others.
-
-        Where a session has no pid namespace of its own, its kernel can kill or stop the process that watches it.
-        """
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(-1, signal.SIGKILL)
+        theirs.close()
+        return ours
 
     def _reap(self) -> None:
         """Collect every child that has ended; as pid 1 of the container this process inherits orphans too."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._children, 4096)
         with contextlib.suppress(ChildProcessError):
-            while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
-                # From here on the number may be another process's: it must not be signalled any more.
-                for session in self._sessions.values():
-                    if session.pid == pid:
-                        session.pid = None
-                    elif session.first == pid:
-                        session.first = None
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
     def _send(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
