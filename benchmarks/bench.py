@@ -37,6 +37,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 _PACKAGES = ("actbox", "ipython", "ipykernel", "jupyter-client", "pyzmq", "numpy", "pandas", "matplotlib")
 _MILLI = 1e3
 _MIB = 1 << 20
+_SETTLE_SECONDS = 0.2
 
 T = TypeVar("T")
 
@@ -47,6 +48,8 @@ class Counts:
 
     starts: int = 5
     sessions: int = 10
+    bursts: int = 3
+    burst: int = 4
     blocks: int = 10
     block: int = 50
     streams: int = 5
@@ -57,17 +60,33 @@ class Counts:
 
 
 FULL = Counts()
-QUICK = Counts(starts=1, sessions=1, blocks=1, block=20, streams=1, megabytes=10, loops=1, prints=10_000, interrupts=1)
+QUICK = Counts(
+    starts=1,
+    sessions=1,
+    bursts=1,
+    burst=2,
+    blocks=1,
+    block=20,
+    streams=1,
+    megabytes=10,
+    loops=1,
+    prints=10_000,
+    interrupts=1,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Further:
-    """One further session: seconds until it takes cells, until it is ready, to close it; what it held."""
+    """One further session: seconds until it takes cells, until it is ready, to close it; bytes that it held.
+
+    `unread` is how many of its processes this user may not look into: what they held is missing.
+    """
 
     takes_cells: float
     ready: float
     close: float
-    held: memory.Unique
+    held: int
+    unread: int
 
 
 async def measure(counts: Counts, ours: Contender, theirs: Contender, tell: Callable[[str], None]) -> list[Row]:
@@ -86,6 +105,10 @@ async def measure(counts: Counts, ours: Contender, theirs: Contender, tell: Call
             await session.run(IMPORTS)
         tell("further sessions")
         further = await _in_turn(counts.sessions, lambda: _further(our_container), lambda: _further(their_container))
+        tell("bursts")
+        bursts = await _in_turn(
+            counts.bursts, lambda: _burst(our_container, counts.burst), lambda: _burst(their_container, counts.burst)
+        )
         tell("round trips")
         trips = await _in_turn(counts.blocks, lambda: _trips(a, counts.block), lambda: _trips(b, counts.block))
         tell("streaming")
@@ -100,6 +123,7 @@ async def measure(counts: Counts, ours: Contender, theirs: Contender, tell: Call
     return [
         *rows,
         *_further_rows(further),
+        Row(f"{counts.burst} further sessions at once, all ready", "ms", _in(_MILLI, bursts, _itself)),
         Row("round trip of `1+1`", "ms", _in(_MILLI, (our_trips, their_trips), _itself), aim=8),
         Row(f"streaming {counts.megabytes} MB of stdout", "MB/s", _in(1, streams, _itself), more_is_better=True),
         Row("print loop", "prints/ms", _in(1, loops, _itself), more_is_better=True),
@@ -142,16 +166,35 @@ async def _start(contender: Contender) -> float:
 
 
 async def _further(container: Container) -> _Further:
-    before = memory.descendants(os.getpid())
     began = time.perf_counter()
     async with container.session() as session:
         takes_cells = time.perf_counter() - began
         await session.run(IMPORTS)
         ready = time.perf_counter() - began
-        held = memory.unique(memory.descendants(os.getpid()) - before)
+        # What was started only to make it has ended by then, and what is made ahead for the next one is there.
+        await asyncio.sleep(_SETTLE_SECONDS)
+        held = memory.unique(memory.descendants(os.getpid()))
         began = time.perf_counter()
         await session.close()
-        return _Further(takes_cells, ready, time.perf_counter() - began, held)
+        close = time.perf_counter() - began
+    # Its processes are those that its end has ended.
+    left = memory.descendants(os.getpid())
+    its = [size for pid, size in held.items() if pid not in left]
+    return _Further(takes_cells, ready, close, sum(size or 0 for size in its), its.count(None))
+
+
+async def _burst(container: Container, count: int) -> float:
+    async with contextlib.AsyncExitStack() as opened:
+
+        async def open_one() -> None:
+            session = await opened.enter_async_context(container.session())
+            await session.run(IMPORTS)
+
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(count):
+                group.create_task(open_one())
+        return time.perf_counter() - began
 
 
 async def _trips(session: Session, count: int) -> list[float]:
@@ -186,9 +229,9 @@ def _expect(found: object, wanted: object) -> None:
 
 
 def _further_rows(further: tuple[list[_Further], list[_Further]]) -> list[Row]:
-    unread = sum(one.held.unread for side in further for one in side)
+    unread = sum(one.unread for side in further for one in side)
     memory_note = "without processes that this user may not look into; root may" if unread else ""
-    held = _in(1 / _MIB, further, lambda one: one.held.size)
+    held = _in(1 / _MIB, further, lambda one: one.held)
     return [
         Row("a further session, ready with the imports", "ms", _in(_MILLI, further, lambda one: one.ready), aim=25),
         Row("a further session, takes cells", "ms", _in(_MILLI, further, lambda one: one.takes_cells)),

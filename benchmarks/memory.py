@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _PROC = Path("/proc")
-
-
-@dataclass(frozen=True, slots=True)
-class Unique:
-    """Bytes of private pages of `processes` processes; those of `unread` more could not be read and are missing."""
-
-    size: int
-    processes: int
-    unread: int
 
 
 def descendants(ancestor: int) -> set[int]:
@@ -42,20 +32,19 @@ def descendants(ancestor: int) -> set[int]:
     return found
 
 
-def unique(pids: Iterable[int]) -> Unique:
-    """The private pages of these processes together.
+def unique(pids: Iterable[int]) -> dict[int, int | None]:
+    """The bytes of each process's private pages, by its pid; None where this user may not look, gone ones left out.
 
-    A session's first process lets nobody look into it but who owns its sandbox: another user gets `unread` ones.
+    A session's first process lets nobody look into it but who owns its sandbox.
     """
-    size = processes = unread = 0
+    held: dict[int, int | None] = {}
     for pid in pids:
         try:
             lines = (_PROC / str(pid) / "smaps_rollup").read_text().splitlines()
         except PermissionError:
-            unread += 1
-            continue
+            held[pid] = None
         except (FileNotFoundError, ProcessLookupError):
             continue
-        processes += 1
-        size += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-    return Unique(size, processes, unread)
+        else:
+            held[pid] = 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return held

@@ -114,13 +114,16 @@ only adds to its numbers. Both run the same interpreter and the same libraries f
 - **A further session**: the container runs and its libraries are loaded, the peer has one kernel running. *Takes cells*
   is when `connect()`, or `wait_for_ready()`, has returned; *ready* is when the cell with the imports has ended too. Of
   the peer's time 0.2 s is `wait_for_ready()` seeing that no more output comes.
+  They are opened one after the other, so that actbox has had the time to prepare the next; sessions opened *at once*
+  find one prepared and no more.
 - **Round trip**: a cell, from the call to its result. The peer's has ended when both its reply and its `idle` have
   arrived, as the protocol demands; they are awaited without polling, by the asynchronous client.
 - **Streaming**: 100 MB in 1000 writes to `sys.stdout`, read as they come, every character counted on arrival.
 - **Print loop**: `for i in range(n): print(i)`, the same way.
 - **Interrupt**: an endless loop, from asking for its interrupt to its end, with the state kept.
-- **Unique memory**: the private pages (USS: `Private_*` of `/proc/PID/smaps_rollup`) of all processes that a further
-  session added, after the cell with the imports, while a first session stays open.
+- **Unique memory**: the private pages (USS: `Private_*` of `/proc/PID/smaps_rollup`) of all processes of a further
+  session, after the cell with the imports, while a first session stays open. Its processes are those that are gone once
+  it is closed; one that actbox keeps in store for the next session is not among them.
 - **Close**: from asking until its processes are gone.
 
 Runs alternate, one of actbox and one of the peer, so that what else the machine does meets both; the first run of each

@@ -61,15 +61,15 @@ async def executor(container: CodeExecutionContainer, key: str) -> AsyncIterator
 
 
 @pytest.fixture
-async def make_executor(
+def make_executor(
     container: CodeExecutionContainer,
-) -> AsyncIterator[Callable[[], contextlib.AbstractAsyncContextManager[CodeExecutor]]]:
+) -> Callable[[], contextlib.AbstractAsyncContextManager[CodeExecutor]]:
     """Makes more sessions in the shared container, each with a key of its own."""
 
     def make() -> contextlib.AbstractAsyncContextManager[CodeExecutor]:
         return CodeExecutor(f"key-{next(_numbers)}", container.workspace, container.port)
 
-    yield make
+    return make
 
 
 @pytest.fixture

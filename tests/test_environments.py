@@ -194,12 +194,13 @@ def test_a_venv_made_from_a_venv_leads_to_the_real_interpreter(tmp_path: Path) -
     first, second = tmp_path / "first", tmp_path / "second"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", first], check=True, timeout=WAIT)
     subprocess.run([first / "bin" / "python", "-m", "venv", "--without-pip", second], check=True, timeout=WAIT)
-    uv = find_spec("uv")
-    assert uv is not None
-    assert uv.submodule_search_locations
-    # uv alone, not the package folder that holds it.
+    # What actbox imports alone, not the package folder that holds it.
     (tmp_path / "shim").mkdir()
-    (tmp_path / "shim" / "uv").symlink_to(uv.submodule_search_locations[0])
+    for name in ("uv", "dotenv"):
+        package = find_spec(name)
+        assert package is not None
+        assert package.submodule_search_locations
+        (tmp_path / "shim" / name).symlink_to(package.submodule_search_locations[0])
     code = (
         "from actbox.engines.environments import find; e = find('default')\n"
         "print(e.executable, e.base_prefix, e.prefix, *e.site_packages, sep='|')"

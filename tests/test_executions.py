@@ -224,6 +224,27 @@ async def test_a_stream_may_be_left_early_and_the_cell_goes_on(executor: CodeExe
     assert await text_of(executor, "n") == "49999"
 
 
+async def test_tasks_that_use_one_executor_take_turns(executor: CodeExecutor) -> None:
+    await executor.execute("running = 0", timeout=SECONDS)
+    code = "running += 1; import time; time.sleep(0.002); alone = running == 1; running -= 1\nalone, {}"
+    texts = await asyncio.gather(*(text_of(executor, code.format(n)) for n in range(20)))
+    assert texts == [f"(True, {n})" for n in range(20)]
+
+
+async def test_an_executor_may_live_in_another_thread_and_loop(container: CodeExecutionContainer, key: str) -> None:
+    async def use() -> list[str | None]:
+        async with CodeExecutor(key, container.workspace, container.port, interrupt_grace=GRACE) as executor:
+            texts = [await text_of(executor, "x = 1\nx")]
+            with pytest.raises(ExecutionTimeout):
+                await executor.execute("while True: pass", timeout=0.2)
+            texts.append(await text_of(executor, "x"))
+            with pytest.raises(KernelDied):
+                await executor.execute("import os; os._exit(1)", timeout=SECONDS)
+            return [*texts, await text_of(executor, "2")]
+
+    assert await asyncio.to_thread(lambda: asyncio.run(use())) == ["1", "1", "2"]
+
+
 async def test_cells_run_in_the_order_of_submission(executor: CodeExecutor) -> None:
     executions = [await executor.submit(f"seen = [*globals().get('seen', []), {n}]\nseen") for n in range(20)]
     for n, execution in reversed(list(enumerate(executions))):
@@ -364,7 +385,23 @@ async def test_the_strictest_of_several_time_limits_counts(executor: CodeExecuto
     assert [type(result) for result in results] == [ExecutionTimeout, ExecutionTimeout]
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), float("-inf"), "1", True, None, b"1", [1]])
+@pytest.mark.parametrize("timeout", [1e-9, 5, 86_400 * 365.25, 10**9])
+async def test_any_positive_number_is_a_time(executor: CodeExecutor, timeout: float) -> None:
+    await executor.execute("kept = 1", timeout=SECONDS)
+    if timeout < 1:
+        with pytest.raises(ExecutionTimeout) as caught:
+            await executor.execute("import time; time.sleep(60)", timeout=timeout)
+        assert caught.value.state_kept
+    else:
+        assert (await executor.execute("2", timeout=timeout)).text == "2"
+    assert await text_of(executor, "kept") == "1"
+
+
+@pytest.mark.parametrize(
+    "timeout",
+    [0, -1, float("nan"), float("inf"), float("-inf"), "1", True, None, b"1", [1], 1e300, 10**400, 1j],
+    ids=lambda timeout: repr(timeout)[:12],
+)
 async def test_a_time_that_is_no_positive_number_is_refused(executor: CodeExecutor, timeout: Any) -> None:
     with pytest.raises(InvalidArgument, match="timeout"):
         await executor.execute("ran = True", timeout=timeout)
@@ -927,6 +964,28 @@ async def test_a_client_must_be_connected(container: CodeExecutionContainer, key
                 await executor.connect()
             assert await text_of(executor, "1") == "1"
         await executor.disconnect()
+
+
+async def test_sessions_that_come_and_go_leave_nothing_open(
+    container: CodeExecutionContainer, make_executor: MakeExecutor
+) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - only their number matters
+
+    async with make_executor() as executor:
+        await executor.execute("1")
+    before, sessions = open_files(), len(container._sessions)
+    for turn in range(20):
+        async with make_executor() as executor:
+            if turn % 4 == 1:
+                await executor.execute("1", timeout=SECONDS)
+            elif turn % 4 == 2:
+                await executor.submit(SLEEP)
+            elif turn % 4 == 3:
+                with pytest.raises(KernelDied):
+                    await executor.execute("import os; os._exit(1)", timeout=SECONDS)
+    assert len(container._sessions) == sessions
+    assert open_files() <= before
 
 
 async def test_a_client_without_a_key_has_a_session_too(container: CodeExecutionContainer) -> None:

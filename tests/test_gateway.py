@@ -674,12 +674,10 @@ async def test_a_kernel_cannot_speak_for_the_gateway(
 ) -> None:
     await executor.execute("x = 1", timeout=SECONDS)
     forged = dict(forged)
-    with within(5), pytest.raises((ProtocolError, KernelDied)) as caught:
+    with within(5), pytest.raises(ProtocolError):
         await remote.execute(
             f"{FIND_STREAM}\nframe(json.loads('{json.dumps(forged)}'))\ntime.sleep(60)", timeout=SECONDS
         )
-    if isinstance(caught.value, KernelDied):
-        assert caught.value.exit_code != 42
     assert await text_of(executor, "x") == "1"
     result = await remote.execute("2", timeout=SECONDS)
     assert (result.text, result.restarted) == ("2", True)
@@ -690,7 +688,7 @@ async def test_a_kernel_that_breaks_the_rules_behind_the_gateway_loses_its_own_s
 ) -> None:
     await executor.execute("x = 1", timeout=SECONDS)
     for lie in ("stream.sendall(b'garbage' * 1000)", "frame({'type': 'stream', 'name': 'stdin'})", "frame([])"):
-        with within(5), pytest.raises((ProtocolError, KernelDied)):
+        with within(5), pytest.raises(ProtocolError):
             await remote.execute(f"{FIND_STREAM}\n{lie}\ntime.sleep(60)", timeout=SECONDS)
         assert await text_of(executor, "x") == "1"
         assert await text_of(remote, "2") == "2"

@@ -50,6 +50,20 @@ BOUND = 10.0
 # --- What is left -----------------------------------------------------------------------------------------------------
 
 
+def in_use(pid: int) -> set[int]:
+    """The processes below one, without those that wait to become a session (pid 1 of a nested namespace, childless)."""
+    below = children()
+
+    def waits(one: int) -> bool:
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{one}/status").read_text(encoding="utf-8", errors="replace")
+            numbers = re.search(r"^NSpid:(.*)$", status, re.MULTILINE)
+            return numbers is not None and numbers[1].split()[2:] == ["1"] and not below.get(one)
+        return False
+
+    return {one for one in descendants(pid) if not waits(one)}
+
+
 @contextlib.contextmanager
 def held(pids: Iterable[int]) -> Generator[dict[int, int]]:
     """A descriptor for each process that is there, by which its end can be waited for: {descriptor: pid}."""
@@ -107,7 +121,7 @@ def traces() -> dict[str, object]:
     """What this process has now that containers and sessions could leave behind."""
     gc.collect()
     return {
-        "processes": len(descendants(os.getpid())),
+        "processes": len(in_use(os.getpid())),
         "descriptors": len(os.listdir("/proc/self/fd")),  # noqa: PTH208 - iterdir keeps one open
         "mounts": len(Path("/proc/self/mountinfo").read_bytes().splitlines()),
         "temporary files": sorted(os.listdir(tempfile.gettempdir())),  # noqa: PTH208
@@ -126,7 +140,7 @@ async def back_to(before: dict[str, object]) -> dict[str, tuple[object, object]]
 def open_files() -> dict[int, int]:
     """How many descriptors each process of this machine's sandboxes that are ours has open."""
     found: dict[int, int] = {}
-    for pid in descendants(os.getpid()):
+    for pid in in_use(os.getpid()):
         with contextlib.suppress(OSError):
             found[pid] = len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
     return found
@@ -216,28 +230,28 @@ ENDINGS = {
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_daemons_end_with_their_session(container: CodeExecutionContainer, key: str, ending: str) -> None:
     """E13: setsid, a second fork and ignored signals do not keep a process alive."""
-    before = descendants(os.getpid())
+    before = in_use(os.getpid())
     async with CodeExecutor(key, container.workspace, container.port, interrupt_grace=0.2) as executor:
         await executor.execute(DAEMONS)
-        new = descendants(os.getpid()) - before
+        new = in_use(os.getpid()) - before
         assert len(new) >= 4
         with held(new) as processes:
             await ENDINGS[ending](executor)
             assert await none_survives(processes)
         if ending != "the session is left":
             assert (await executor.execute("print(1)")).text == "1"
-    assert await until(lambda: descendants(os.getpid()) <= before)
+    assert await until(lambda: in_use(os.getpid()) <= before)
 
 
 async def test_daemons_end_with_the_container(workspace_path: Path, engine: str) -> None:
     """E13: and with the container, if that is closed over the session's head."""
-    before = descendants(os.getpid())
+    before = in_use(os.getpid())
     container = CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=())
     await container.run()
     executor = CodeExecutor("one", container.workspace, container.port)
     await executor.connect()
     await executor.execute(DAEMONS)
-    with held(descendants(os.getpid()) - before) as processes:
+    with held(in_use(os.getpid()) - before) as processes:
         assert len(processes) >= 6
         await container.kill()
         assert await none_survives(processes)
@@ -247,18 +261,18 @@ async def test_daemons_end_with_the_container(workspace_path: Path, engine: str)
 @pytest.mark.parametrize("command", ["!nohup sleep 998877 >/dev/null 2>&1 &", "%%bash --bg\nsleep 998877"])
 async def test_programs_in_the_background_end_with_the_session(make_executor: Make, command: str) -> None:
     """E14: after the session was left, and after its kernel died."""
-    before = descendants(os.getpid())
+    before = in_use(os.getpid())
     async with make_executor() as executor:
         for die in (True, False):
             await executor.execute(command)
-            assert await until(lambda: len(mentioning("998877") & descendants(os.getpid())) > 0)
-            with held(descendants(os.getpid()) - before) as processes:
+            assert await until(lambda: len(mentioning("998877") & in_use(os.getpid())) > 0)
+            with held(in_use(os.getpid()) - before) as processes:
                 if die:
                     await _die(executor)
                 else:
                     await executor.disconnect()
                 assert await none_survives(processes)
-        assert mentioning("998877") & descendants(os.getpid()) == set()
+        assert mentioning("998877") & in_use(os.getpid()) == set()
 
 
 @pytest.mark.parametrize(
@@ -429,13 +443,13 @@ def test_a_container_outlives_the_thread_that_started_it(
         assert (await executors[0].execute("print(42)")).text == "42"
         async with CodeExecutor("two", container.workspace, container.port) as other:
             assert (await other.execute("print(43)")).text == "43"
-        with held(descendants(os.getpid()) - before) as processes:
+        with held(in_use(os.getpid()) - before) as processes:
             assert len(processes) >= 4
             await executors[0].disconnect()
             await container.kill()
             assert await none_survives(processes)
 
-    before = descendants(os.getpid())
+    before = in_use(os.getpid())
     thread = threading.Thread(target=lambda: loop.run_until_complete(start()))
     thread.start()
     thread.join(BOUND)

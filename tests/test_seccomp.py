@@ -803,7 +803,7 @@ def use_files() -> None:
     with tempfile.TemporaryFile(dir=".") as unnamed, tempfile.NamedTemporaryFile(dir=".") as named:
         unnamed.write(b"x")
         fcntl.flock(named, fcntl.LOCK_EX)
-        os.set_inheritable(named.fileno(), True)  # noqa: FBT003 - takes no keyword
+        os.set_inheritable(named.fileno(), True)
     assert Path("unpacked/source").read_text(encoding="ascii") == "hello"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections import deque
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     from actbox.result import ExecutionResult
     from actbox.sessions import Exit, Session
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_GRACE = 2.0
 _MAX_CODE = 16 << 20
@@ -200,10 +203,16 @@ class ExecutionClient:
                 if self._queue and self._queue[0] is execution:
                     self._queue.popleft()
                 execution.end(outcome)
-            await self.note_end(execution)
+            try:
+                await self.note_end(execution)
+            except Exception:
+                # A note that cannot be taken is no reason to let the cells behind wait for ever.
+                logger.exception("an execution's end could not be noted")
 
     async def _run(self, execution: Execution) -> Outcome:
         for attempt in range(2):
+            if not self._connected:
+                break
             try:
                 session = await self._live_session()
             except (ConnectionError, SandboxUnavailable, ProtocolError) as exc:
@@ -220,8 +229,8 @@ class ExecutionClient:
                 return outcome
             # The kernel was gone before it began the cell: nothing has run, a fresh one can take it.
             if attempt:
-                break
-        return Died(reason="fresh kernels end before they begin a cell")
+                return Died(reason="fresh kernels end before they begin a cell")
+        return Lost("the client was disconnected")
 
     async def _live_session(self) -> Session:
         session = self._session
@@ -269,7 +278,8 @@ class ExecutionClient:
 
     async def _after_end(self, execution: Execution, session: Session, cell: int) -> Outcome | None:
         exit_ = await session.exited(_EXIT_SECONDS / 5)
-        if exit_ is None:
+        lives_on = exit_ is None
+        if lives_on:
             # The kernel closed its stream but lives on: it is of no more use.
             session.kill()
             exit_ = await session.exited(_EXIT_SECONDS)
@@ -281,9 +291,11 @@ class ExecutionClient:
             if stop.why == "timeout":
                 return TimedOut(stop.timeout, state_kept=False)
             return Interrupted(state_kept=False)
+        if exit_ is not None and exit_.killed and not lives_on:
+            return Lost("the session was closed")
         if exit_ is not None and exit_.begun != cell and not execution.has_output:
             return None
-        return _death(exit_)
+        return Died(reason="it closed its stream and was killed") if lives_on else _death(exit_)
 
     async def _drop(self, session: Session) -> None:
         """The session is of no more use; the next cell gets another, and is told so."""
@@ -321,7 +333,7 @@ def _not_started(stop: _Stop) -> Outcome:
 
 def _death(exit_: Exit | None) -> Died:
     if exit_ is None or exit_.status is None:
-        return Died(reason="it closed its stream, or could not be followed, and was killed")
+        return Died(reason="nothing is known of its end")
     if os.WIFSIGNALED(exit_.status):
         return Died(signal=os.WTERMSIG(exit_.status), memory_limit=exit_.memory_limit)
     return Died(exit_code=os.waitstatus_to_exitcode(exit_.status))

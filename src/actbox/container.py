@@ -343,8 +343,8 @@ class ExecutionContainer:
 class _LocalSession:
     """A session of a container in this process: two sockets, one straight to the kernel and one to its watcher.
 
-    State: `_link` to the kernel; `_watch` to the watcher; `_exit`, set once; in a sandbox of its own also that sandbox,
-    closed with the session.
+    State: `_link` to the kernel; `_watch` to the watcher; `_killed`, whether that was ordered; `_exit`, set once; in a
+    sandbox of its own also that sandbox, closed with the session.
     """
 
     def __init__(
@@ -362,6 +362,7 @@ class _LocalSession:
         self._link: Link | None = None
         self._watch: socket.socket | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._killed = False
         self._exit: Exit | None = None
         self._exited = asyncio.Event()
         self._oom_kills = oom_kills()
@@ -407,6 +408,7 @@ class _LocalSession:
         self._order({"op": "interrupt", "cell": cell})
 
     def kill(self) -> None:
+        self._killed = True
         self._order({"op": "kill"})
         self._end_sandbox()
 
@@ -452,7 +454,7 @@ class _LocalSession:
             data = self._watch.recv(4096) if self._watch is not None else b""
         self._stop_hearing()
         if not data:
-            self._note_exit(Exit(gone=not self._supervision.answers()))
+            self._note_exit(Exit(killed=self._killed, gone=not self._killed and not self._supervision.answers()))
             self._end_sandbox()
             return
         news: dict[str, Any] = json.loads(data)

@@ -85,7 +85,7 @@ async def examine(
             async with ExecutionClient(container.port) as client:
                 result = await client.execute(_LOOK, timeout=30)
             facts = dict(line.split("\t", 1) for line in (result.text or "").splitlines() if "\t" in line)
-            layers += _judge(facts)
+            layers += _judge(facts, nested=container.nesting_refusal is None)
     except SandboxUnavailable as exc:
         layers.append(Layer(exc.layer, "missing", exc.detail, exc.remedy))
     except ActboxError as exc:
@@ -104,7 +104,7 @@ def _nesting(container: ExecutionContainer) -> Layer:
     )
 
 
-def _judge(facts: dict[str, str]) -> list[Layer]:
+def _judge(facts: dict[str, str], *, nested: bool) -> list[Layer]:
     def layer(name: str, detail: str, *, holds: bool) -> Layer:
         return Layer(name, "on" if holds else "missing", detail, "" if holds else "Report this: it should not happen.")
 
@@ -113,7 +113,8 @@ def _judge(facts: dict[str, str]) -> list[Layer]:
         layer(
             "unprivileged inside and outside",
             f"uid map {' '.join(uid_map)}",
-            holds=uid_map[1:2] not in ([], ["0"]),
+            # Without nesting the map's second column is the engine's own intermediate namespace, not the host.
+            holds=bool(uid_map) and uid_map[0] != "0" and (uid_map[1] != "0" or not nested),
         ),
         layer("no capabilities", facts.get("caps", "?"), holds=facts.get("caps", "?").strip("0") == ""),
         layer("no new privileges", facts.get("nnp", "?"), holds=facts.get("nnp") == "1"),

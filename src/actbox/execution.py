@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -53,6 +52,7 @@ logger = logging.getLogger(__name__)
 _BACKLOG_BYTES = 1 << 20
 _BACKLOG_EVENTS = 4096
 _MAX_IMAGES = 1000
+_LONGEST = 1e9
 
 
 class Stopper(Protocol):
@@ -357,6 +357,6 @@ def _backlog_size(event: Event) -> int:
 
 
 def check_timeout(timeout: object) -> None:
-    """Raises InvalidArgument unless `timeout` is a positive, finite number of seconds."""
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
-        raise InvalidArgument("timeout", timeout, "pass a positive, finite number of seconds")
+    """Raises InvalidArgument unless `timeout` is a positive number of seconds that a clock can count."""
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST:
+        raise InvalidArgument("timeout", timeout, f"pass a positive number of seconds, at most {_LONGEST:g}")

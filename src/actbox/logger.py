@@ -347,11 +347,13 @@ def _for_people(line: str) -> str:
     for key, value in metadata.items():
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         first, *rest = shown.split("\n")
+        # A name that begins like a line of a value is shown as a literal, which cannot.
+        name = _one_line(key) if key[:1].isalnum() else ascii(key)
         if rest:
-            lines.append(f"    {_one_line(key)}:")
+            lines.append(f"    {name}:")
             lines += [f"      | {_one_line(text)}" for text in (first, *rest)]
         else:
-            lines.append(f"    {_one_line(key)}: {_one_line(first)}")
+            lines.append(f"    {name}: {_one_line(first)}")
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 

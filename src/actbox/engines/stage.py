@@ -110,6 +110,8 @@ def _user_namespace(owner: list[int], user: tuple[int, int]) -> int:
             with open(f"/proc/{child}/{kind}_map", "w") as file:
                 file.write(f"{inner} {outer} 1")
         return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise _StageError("id-mapped mounts", f"root may not map users ({exc.strerror})") from exc
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

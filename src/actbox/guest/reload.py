@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class SkillReloader:
     """Reloads changed modules below the watched folders before a cell, and lets new files there be found.
 
-    State: `_reloader`, IPython's record of files and their times; `_folders`, what is watched; `_seen`, how many
-    modules were loaded when the skills among them were last looked for. Made before the fork, as IPython first looks
-    at every loaded module once.
+    State: `_reloader`, IPython's record of files and their times; `_folders`, what is watched; `_last`, the
+    module loaded last when the skills were last looked for. Made before the fork, as IPython first looks at every loaded
+    module once.
     """
 
     def __init__(self, shell: InteractiveShell) -> None:
@@ -40,12 +40,14 @@ class SkillReloader:
             self._reloader.deduper_reloader.enabled = False
         self._folders: tuple[str, ...] = ()
         self._interrupts: Interrupts | None = None
-        self._seen = 0
+        self._last = ""
 
     def watch(self, folders: list[str], interrupts: Interrupts) -> None:
         """Watch the modules below these folders from now on; `interrupts` tells the host's from the skill's own."""
         self._interrupts = interrupts
         self._folders = tuple(f"{folder.rstrip('/')}/" for folder in folders)
+        # What the supervisor has imported is no skill: it never imports from a folder that a guest may write.
+        self._last = next(reversed(sys.modules))
 
     def before_cell(self) -> None:
         """Make imports of this cell see the folders as they are now."""
@@ -81,13 +83,30 @@ class SkillReloader:
         self._remember()
 
     def _remember(self) -> None:
-        if len(sys.modules) == self._seen:
-            return
-        self._seen = len(sys.modules)
-        for name, module in list(sys.modules.items()):
-            if name not in self._reloader.modules and self._is_skill(module):
+        for name in self._new_modules():
+            module = sys.modules.get(name)
+            if module is not None and name not in self._reloader.modules and self._is_skill(module):
                 self._reloader.modules[name] = True
                 self._note_time(module)
+
+    def _new_modules(self) -> list[str]:
+        """Modules loaded since the last look: they are at the end, as a dict keeps its order.
+
+        To walk over all of them would touch each one's reference count, and so copy pages of memory that sessions
+        share.
+        """
+        new: list[str] = []
+        try:
+            for name in reversed(sys.modules):
+                if name == self._last:
+                    break
+                new.append(name)
+        except RuntimeError:
+            # A thread imports meanwhile: at the next cell it is seen.
+            return []
+        if new:
+            self._last = new[0]
+        return new
 
     def _note_time(self, module: ModuleType) -> None:
         path, modified = self._reloader.filename_and_mtime(module)

@@ -44,6 +44,8 @@ MAX_METADATA = 256 << 10
 MAX_ERROR_TEXT = 64 << 10
 # What IPython's own syntax needs: magics, shell commands, help, auto-call at the start of a line, pasted prompts.
 _SPECIAL_SYNTAX = re.compile(r"[%!?\f\r]|^\s*(?:[,;/]|>>>|\.\.\.|In ?\[)", re.MULTILINE)
+# As often as the interpreter wants to see code before it has settled.
+_WARM_UP_ROUNDS = 12
 # Bound once, as in frames.
 _to_json = json.JSONEncoder(separators=(",", ":"), default=str).encode
 _from_json = json.loads
@@ -288,11 +290,16 @@ def make_shell() -> Shell:
 
 
 def warm_up(shell: Shell) -> None:
-    """Import, before any fork, what IPython imports at its first cell and at its first traceback.
+    """Do before any fork what IPython does at its first cells and at its first traceback.
 
-    The cell is this one, never a guest's; it leaves no trace in the namespace or the history.
+    That is imports, caches, and the counters with which Python specialises its bytecode: each session that had to do
+    it would be slower, and would copy the pages of memory on which it is noted. The cells are these, never a guest's,
+    and leave no trace in the namespace or the history.
     """
-    shell.run_cell("pass", store_history=False, silent=True)
+    for _ in range(_WARM_UP_ROUNDS):
+        for cell in ("1 + 1", "import sys", "print(end='')"):
+            shell.run_cell(cell, store_history=True)
+    shell.reset(new_session=True)
     try:
         raise ValueError
     except ValueError as exc:

@@ -106,6 +106,9 @@ class Supervisor:
 
         warm_up(self._shell)
         self._warm = True
+        if sys.version_info < (3, 12):
+            # It owns references to names, which sessions would drop one by one, copying the page of each.
+            sys._clear_type_cache()
         gc.collect()
         gc.freeze()
         self._send({"op": "warm"})
