@@ -259,7 +259,7 @@ class ExecutionClient:
                         await execution.take(message)
         except ProtocolError as exc:
             await self._drop(session)
-            return Lost(f"the session was ended, its guest broke the rules of the wire: {exc}", violation=True)
+            return _violation(str(exc))
         except (OSError, frames.FrameError):
             # The stream ended while it was written to.
             pass
@@ -285,6 +285,8 @@ class ExecutionClient:
             exit_ = await session.exited(_EXIT_SECONDS)
         await self._drop(session)
         stop = self._stops.get(id(execution))
+        if exit_ is not None and exit_.violation is not None:
+            return _violation(exit_.violation)
         if exit_ is not None and exit_.gone:
             return Lost("the container is gone")
         if stop is not None:
@@ -323,6 +325,10 @@ class ExecutionClient:
         if session is not None and self._running_cell:
             session.interrupt(self._running_cell)
             stop.timer = asyncio.get_running_loop().call_later(self._grace, session.kill)
+
+
+def _violation(what: str) -> Lost:
+    return Lost(f"the session was ended, its guest broke the rules of the wire: {what}", violation=True)
 
 
 def _not_started(stop: _Stop) -> Outcome:

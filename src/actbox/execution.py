@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from actbox.errors import (
@@ -52,6 +53,7 @@ logger = logging.getLogger(__name__)
 _BACKLOG_BYTES = 1 << 20
 _BACKLOG_EVENTS = 4096
 _MAX_IMAGES = 1000
+# Seconds; beyond it a timer that any clock can hold is as good as the one asked for.
 _LONGEST = 1e9
 
 
@@ -240,7 +242,7 @@ class Execution:
     def _deadline(self, timeout: float) -> Generator[None]:
         check_timeout(timeout)
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(timeout, self._client.stop, self, "timeout", timeout)
+        timer = loop.call_later(min(timeout, _LONGEST), self._client.stop, self, "timeout", timeout)
         try:
             yield
         finally:
@@ -357,6 +359,10 @@ def _backlog_size(event: Event) -> int:
 
 
 def check_timeout(timeout: object) -> None:
-    """Raises InvalidArgument unless `timeout` is a positive number of seconds that a clock can count."""
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST:
-        raise InvalidArgument("timeout", timeout, f"pass a positive number of seconds, at most {_LONGEST:g}")
+    """Raises InvalidArgument unless `timeout` is a positive, finite number of seconds."""
+    seconds = math.nan
+    if isinstance(timeout, int | float) and not isinstance(timeout, bool):
+        with suppress(OverflowError):
+            seconds = float(timeout)
+    if not 0 < seconds < math.inf:
+        raise InvalidArgument("timeout", timeout, "pass a positive, finite number of seconds")

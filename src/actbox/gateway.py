@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from actbox.errors import ActboxError, ProtocolError
 from actbox.link import Link
+from actbox.protocol import frames
 from actbox.sessions import Door, Exit
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _MAX_STRANGERS = 64
 # What a gateway says itself; a kernel that says it lies.
 _GATEWAY_TYPES = frozenset({"welcome", "refused", "exited", "pong"})
 _EXIT_SECONDS = 5.0
+_MAX_CELL = 1 << 53
 
 
 class _TokenDoor(Door, Protocol):
@@ -87,7 +89,7 @@ class Gateway:
 
     async def _serve(self, accepted: socket.socket) -> None:
         known = False
-        link = await Link.over(accepted)
+        link = await Link.over(accepted, _HELLO_PAYLOAD)
         try:
             try:
                 async with asyncio.timeout(_HELLO_SECONDS):
@@ -101,6 +103,7 @@ class Gateway:
                 await link.send({"type": "refused", "reason": "the token is missing or wrong"})
                 await link.close_gracefully()
                 return
+            link.allow(frames.MAX_PAYLOAD)
             key = hello.header.get("key")
             try:
                 session = await self._door.open_session(key)
@@ -133,7 +136,8 @@ class Gateway:
             finally:
                 for task in (outward, inward):
                     task.cancel()
-                await asyncio.wait({outward, inward})
+                # Whichever way they end, a client that has left is why.
+                await asyncio.gather(outward, inward, return_exceptions=True)
         finally:
             await session.close()
         await link.close_gracefully()
@@ -146,7 +150,7 @@ async def _inward(link: Link, session: Session) -> None:
         match header:
             case {"type": "execute"}:
                 await session.send(header, frame.payload)
-            case {"type": "interrupt", "cell": int(cell)}:
+            case {"type": "interrupt", "cell": int(cell)} if 0 < cell < _MAX_CELL:
                 session.interrupt(cell)
             case {"type": "kill"}:
                 session.kill()
@@ -158,17 +162,19 @@ async def _inward(link: Link, session: Session) -> None:
 
 async def _outward(session: Session, link: Link) -> None:
     """What the kernel says, and at last how it ended."""
+    violation = None
     try:
         while (frame := await session.receive()) is not None:
             if frame.header.get("type") in _GATEWAY_TYPES:
                 raise ProtocolError("the kernel spoke for the gateway")
             await link.send(frame.header, frame.payload)
-    except ProtocolError:
+    except ProtocolError as exc:
+        violation = str(exc)
         session.kill()
     exit_ = await session.exited(_EXIT_SECONDS / 5)
     if exit_ is None:
         session.kill()
         exit_ = await session.exited(_EXIT_SECONDS) or Exit()
-    fact: dict[str, Any] = asdict(exit_)
+    fact: dict[str, Any] = {**asdict(exit_), "violation": violation}
     with contextlib.suppress(OSError):
         await link.send({"type": "exited", **fact})

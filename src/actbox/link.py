@@ -32,14 +32,12 @@ class Link(asyncio.BufferedProtocol):
     time.
 
     Args:
-        on_end: called once when the other side is gone.
         max_payload: bytes of a frame's payload at the most.
         swallow: frames for which it is true are not delivered.
     """
 
     def __init__(
         self,
-        on_end: Callable[[], None] | None = None,
         max_payload: int = frames.MAX_PAYLOAD,
         swallow: Callable[[frames.Frame], bool] | None = None,
     ) -> None:
@@ -54,21 +52,29 @@ class Link(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._ended = False
         self._violation: ProtocolError | None = None
-        self._on_end = on_end
         self._swallow = swallow
         self.heard = 0.0
 
     @classmethod
-    async def over(cls, sock: socket.socket, on_end: Callable[[], None] | None = None) -> Link:
+    async def over(cls, sock: socket.socket, max_payload: int = frames.MAX_PAYLOAD) -> Link:
         """A link over a connected stream socket, which belongs to it from now on."""
         loop = asyncio.get_running_loop()
         sock.setblocking(False)
         try:
-            _, link = await loop.connect_accepted_socket(lambda: cls(on_end), sock)
+            _, link = await loop.connect_accepted_socket(lambda: cls(max_payload), sock)
         except BaseException:
             sock.close()
             raise
         return link
+
+    @property
+    def paused(self) -> bool:
+        """Whether reading has stopped because nobody takes the frames."""
+        return self._paused
+
+    def allow(self, max_payload: int) -> None:
+        """Take frames with payloads of up to so many bytes from now on."""
+        self._decoder.max_payload = max_payload
 
     @property
     def ended(self) -> bool:
@@ -176,8 +182,6 @@ class Link(asyncio.BufferedProtocol):
         self._wake()
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
-        if self._on_end is not None:
-            self._on_end()
 
     def pause_writing(self) -> None:
         self._writable = asyncio.get_running_loop().create_future()

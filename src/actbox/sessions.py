@@ -33,7 +33,7 @@ class Exit:
 
     `status` is the kernel's wait status, None if it was not the kernel that ended; `begun` the last cell that it had
     begun; `killed` says that the host asked for it; `gone` that the whole container went; `memory_limit` is set when
-    the machine ran out of memory then.
+    the machine ran out of memory then; `violation` says which rule of the wire a gateway saw broken.
     """
 
     status: int | None = None
@@ -41,6 +41,7 @@ class Exit:
     killed: bool = False
     gone: bool = False
     memory_limit: int | None = None
+    violation: str | None = None
 
 
 class Session(Protocol):
@@ -190,14 +191,20 @@ class _RemoteSession:
             raise ConnectionError("the gateway closed the connection")
         if frame.header.get("type") != "welcome":
             raise ConnectionError(f"the gateway refused: {ascii(frame.header.get('reason'))[:300]}")
-        limits: dict[str, int] = frame.header.get("limits", {})
-        self.limits = Limits(**limits)
+        limits: Any = frame.header.get("limits", {})
+        try:
+            self.limits = Limits(**limits)
+        except (TypeError, ValueError) as exc:
+            raise ConnectionError("what answers at this port is no container's gateway") from exc
         self._beating = asyncio.create_task(self._beat())
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
         while not self._link.ended:
             await asyncio.sleep(self._heartbeat)
+            if self._link.paused:
+                # It is we who do not read: nothing can be heard, and nothing is to be feared.
+                continue
             if loop.time() - self._link.heard > _MISSED_BEATS * self._heartbeat:
                 self._link.close()
                 return
@@ -223,6 +230,7 @@ class _RemoteSession:
                     killed=fact.get("killed") is True,
                     gone=fact.get("gone") is True,
                     memory_limit=limit if isinstance(limit, int) else None,
+                    violation=fact.get("violation") and str(fact["violation"])[:300],
                 )
                 self._exited.set()
                 return None

@@ -27,8 +27,8 @@ class SkillReloader:
     """Reloads changed modules below the watched folders before a cell, and lets new files there be found.
 
     State: `_reloader`, IPython's record of files and their times; `_folders`, what is watched; `_last`, the
-    module loaded last when the skills were last looked for. Made before the fork, as IPython first looks at every loaded
-    module once.
+    module loaded last when the skills were last looked for. Made before the fork, as IPython first looks at every
+    loaded module once.
     """
 
     def __init__(self, shell: InteractiveShell) -> None:

@@ -299,7 +299,10 @@ def warm_up(shell: Shell) -> None:
     for _ in range(_WARM_UP_ROUNDS):
         for cell in ("1 + 1", "import sys", "print(end='')"):
             shell.run_cell(cell, store_history=True)
+    before = dict(shell.user_ns)
     shell.reset(new_session=True)
+    # What makes the namespace a module: multiprocessing looks for `__spec__`.
+    shell.user_ns.update({name: value for name, value in before.items() if name.startswith("__")})
     try:
         raise ValueError
     except ValueError as exc:

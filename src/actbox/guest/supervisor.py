@@ -108,7 +108,7 @@ class Supervisor:
         self._warm = True
         if sys.version_info < (3, 12):
             # It owns references to names, which sessions would drop one by one, copying the page of each.
-            sys._clear_type_cache()
+            sys._clear_type_cache()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         gc.collect()
         gc.freeze()
         self._send({"op": "warm"})

@@ -54,7 +54,7 @@ def encode(header: dict[str, Any], payload: bytes = b"") -> bytes:
 
 
 class Decoder:
-    """Turns received bytes into frames; holds at most one incomplete frame.
+    """Turns received bytes into frames; holds at most one incomplete frame. `max_payload` may be changed.
 
     State: `_buffer`, the bytes received and not yet consumed, and `_start`, where the next frame begins in it;
     `_failure`, once the stream cannot be trusted any further.
@@ -63,7 +63,7 @@ class Decoder:
     def __init__(self, max_payload: int = MAX_PAYLOAD) -> None:
         self._buffer = bytearray()
         self._start = 0
-        self._max_payload = max_payload
+        self.max_payload = max_payload
         self._failure: FrameError | None = None
 
     @property
@@ -108,7 +108,7 @@ class Decoder:
         if self.pending < PREFIX.size:
             return None
         head_size, payload_size = PREFIX.unpack_from(self._buffer, self._start)
-        if not 0 < head_size <= MAX_HEADER or payload_size > self._max_payload:
+        if not 0 < head_size <= MAX_HEADER or payload_size > self.max_payload:
             raise FrameError(f"lengths out of bounds: header {head_size}, payload {payload_size} bytes")
         if self.pending < PREFIX.size + head_size + payload_size:
             return None
