@@ -8,12 +8,17 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from actbox import CodeExecutionContainer, CodeExecutor, SandboxUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
+
+# A busy machine may take its time over an example.
+settings.register_profile("actbox", deadline=None)
+settings.load_profile("actbox")
 
 _numbers = itertools.count(1)
 

@@ -579,7 +579,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(
 
 
 async def test_a_session_that_is_cancelled_while_it_starts_leaves_nothing(
-    container: CodeExecutionContainer, key: str
+    container: CodeExecutionContainer, key: str, own_tmp: Path
 ) -> None:
     """At each of the first steps of connecting."""
     async with CodeExecutor(key, container.workspace, container.port):

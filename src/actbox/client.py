@@ -135,11 +135,12 @@ class ExecutionClient:
         await finish(self._shut_down(session, runner))
 
     async def _shut_down(self, session: Session | None, runner: asyncio.Task[None] | None) -> None:
-        if session is not None:
-            await session.close()
+        # The runner first: it must not take the session's end for the kernel's death.
         if runner is not None:
             runner.cancel()
             await asyncio.wait([runner])
+        if session is not None:
+            await session.close()
         while self._queue:
             self._queue.popleft().end(Lost("the client was disconnected"))
 
@@ -195,6 +196,11 @@ class ExecutionClient:
             outcome: Outcome = Lost("the client was disconnected")
             try:
                 outcome = await self._run(execution)
+            except Exception as exc:
+                logger.exception("a cell could not be followed")
+                outcome = Lost(f"actbox failed ({exc!r})")
+                if self._session is not None:
+                    await self._drop(self._session)
             finally:
                 stop = self._stops.pop(id(execution), None)
                 if stop is not None and stop.timer is not None:

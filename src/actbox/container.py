@@ -343,7 +343,8 @@ class ExecutionContainer:
 class _LocalSession:
     """A session of a container in this process: two sockets, one straight to the kernel and one to its watcher.
 
-    State: `_link` to the kernel; `_watch` to the watcher; `_killed`, whether that was ordered; `_exit`, set once; in a
+    State: `_link` to the kernel; `_watch` to the watcher; `_killed`, whether that was ordered, and `_gone`, whether
+    the container is being closed; `_exit`, set once; in a
     sandbox of its own also that sandbox, closed with the session.
     """
 
@@ -363,6 +364,7 @@ class _LocalSession:
         self._watch: socket.socket | None = None
         self._closing: asyncio.Task[None] | None = None
         self._killed = False
+        self._gone = False
         self._exit: Exit | None = None
         self._exited = asyncio.Event()
         self._oom_kills = oom_kills()
@@ -445,6 +447,7 @@ class _LocalSession:
         """The container is being closed: whatever runs is lost."""
         with contextlib.suppress(RuntimeError):
             # The client's loop may be another thread's, or closed: then nobody waits.
+            self._gone = True
             self._loop.call_soon_threadsafe(self._note_exit, Exit(gone=True))
 
     def _hear(self) -> None:
@@ -471,7 +474,7 @@ class _LocalSession:
         if _was_killed(exit_) and oom_kills() > self._oom_kills:
             exit_ = replace(exit_, memory_limit=self.limits.memory)
         if self._exit is None:
-            self._exit = exit_
+            self._exit = Exit(gone=True) if self._gone else exit_
             self._exited.set()
 
 

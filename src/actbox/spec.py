@@ -146,6 +146,13 @@ def bind_target(path: str | PurePosixPath) -> PurePosixPath:
     return target
 
 
+def _resolved(source: str) -> Path:
+    try:
+        return Path(source).resolve()
+    except (ValueError, OSError, RuntimeError) as exc:
+        raise InvalidArgument("binds", source, f"pass the path of a folder ({exc})") from exc
+
+
 def make_binds(binds: Mapping[str, str] | None, readonly: Collection[str]) -> tuple[Bind, ...]:
     """Binds from the public arguments: host path to path below /app; `readonly` lists targets.
 
@@ -154,7 +161,7 @@ def make_binds(binds: Mapping[str, str] | None, readonly: Collection[str]) -> tu
     """
     locked = {bind_target(target) for target in readonly}
     made = tuple(
-        Bind(Path(source).absolute(), bind_target(target), readonly=bind_target(target) in locked)
+        Bind(_resolved(source), bind_target(target), readonly=bind_target(target) in locked)
         for source, target in (binds or {}).items()
     )
     unknown = locked - {bind.target for bind in made}

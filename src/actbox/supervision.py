@@ -71,6 +71,7 @@ class Supervision:
             "guest_path": layout.guest_path,
             "extra_path": list(layout.extra_path),
             "seeds": layout.seeds,
+            "folders": layout.folders,
         }
         with contextlib.suppress(OSError):
             self._send(message)

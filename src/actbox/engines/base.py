@@ -32,12 +32,14 @@ class Layout:
     """What the supervisor must know of the boundary it wakes up in; sent to it as its first datagram.
 
     `guest_path` is where the guest code lies, `extra_path` what `sys.path` lacks, `seeds` are folders to be copied to
-    where a library expects to write its caches, as (from, to).
+    where a library expects to write its caches, as (from, to); `folders` tells which device and inode must be found at
+    the place of each bound folder, as (place, device, inode): a name may have come to mean another one meanwhile.
     """
 
     guest_path: str
     extra_path: tuple[str, ...]
     seeds: tuple[tuple[str, str], ...]
+    folders: tuple[tuple[str, int, int], ...]
     nested: bool
 
 

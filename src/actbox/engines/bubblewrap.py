@@ -29,7 +29,7 @@ from actbox.errors import SandboxUnavailable
 from actbox.shielded import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from actbox.engines.environments import Environment
     from actbox.spec import ContainerSpec
@@ -74,7 +74,11 @@ class BubblewrapEngine(Engine):
         facts = await asyncio.to_thread(_prepare, environment, bwrap, progress)
         made = plan.make_plan(facts, spec, nested=nested, key=key)
         seeds = ((f"{plan.WARM}/matplotlib", plan.MATPLOTLIB),) if facts.warm is not None else ()
-        layout = Layout(plan.GUEST, made.extra_path, seeds, nested)
+        with _hold_folders(made) as folders:
+            layout = Layout(plan.GUEST, made.extra_path, seeds, folders, nested)
+            return await self._launch(bwrap, made, layout)
+
+    async def _launch(self, bwrap: Bwrap, made: plan.Plan, layout: Layout) -> Boundary:
         launching = asyncio.ensure_future(asyncio.to_thread(_launch, bwrap, made, layout))
         try:
             boundary = await asyncio.shield(launching)
@@ -308,6 +312,27 @@ def _warm(facts: plan.Facts, bwrap: Bwrap, progress: Callable[[str], None]) -> P
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def _hold_folders(made: plan.Plan) -> Generator[tuple[tuple[str, int, int], ...]]:
+    """What the bound folders are, by device and inode; held open so that no number can come to mean another.
+
+    Raises:
+        SandboxUnavailable: one is missing, no folder, or a symbolic link.
+    """
+    with contextlib.ExitStack() as opened:
+        found: list[tuple[str, int, int]] = []
+        for place, source in made.folders:
+            try:
+                fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except OSError as exc:
+                remedy = "Keep the container's folders in place while it starts; none may be a symbolic link."
+                raise SandboxUnavailable("folders", str(exc), remedy) from exc
+            opened.callback(os.close, fd)
+            status = os.fstat(fd)
+            found.append((place, status.st_dev, status.st_ino))
+        yield tuple(found)
 
 
 # -- starting and ending ---------------------------------------------------------------------------------------------

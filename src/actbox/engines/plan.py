@@ -96,16 +96,19 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole sandbox: the steps in order, then the command."""
+    """A whole sandbox: the steps in order, then the command; `folders` are the bound ones, (place, source)."""
 
     steps: tuple[Step, ...]
     command: tuple[str, ...]
     extra_path: tuple[str, ...]
+    folders: tuple[tuple[str, Path], ...] = ()
 
 
 def make_plan(facts: Facts, spec: ContainerSpec, *, nested: bool, key: str | None) -> Plan:
     """The sandbox for a supervisor; see `Engine.start` for `nested` and `key`."""
     python_steps, executable, extra_path = _python(facts.environment)
+    binds = _folders(spec, nested=nested, key=key)
+    folders = tuple((step.place, step.source) for step in binds if isinstance(step, ReadOnly | Writable))
     steps: list[Step] = [
         Flags(
             (
@@ -118,7 +121,7 @@ def make_plan(facts: Facts, spec: ContainerSpec, *, nested: bool, key: str | Non
         *python_steps,
         *(Text(content, f"/etc/{name}") for name, content in _ETC.items()),
         *_guest(facts),
-        *_folders(spec, nested=nested, key=key),
+        *binds,
         Flags(("--proc", "/proc", "--dev", "/dev")),
     ]  # fmt: skip
     limits = spec.limits
@@ -132,7 +135,7 @@ def make_plan(facts: Facts, spec: ContainerSpec, *, nested: bool, key: str | Non
     steps.append(Flags(_variables(facts, extra_path)))
     prefix = () if facts.bytecode or facts.warm is None else ("-X", f"pycache_prefix={WARM}/pycache")
     command = (executable, "-I", "-B", *prefix, "-c", _BOOT)
-    return Plan(tuple(steps), command, extra_path)
+    return Plan(tuple(steps), command, extra_path, folders)
 
 
 def warm_plan(facts: Facts, folder: Path) -> Plan:

@@ -208,7 +208,8 @@ def set_limits(limits: dict[str, int]) -> None:
         file.write("500")
     mapped = _mapped_bytes()
     for what, value in (
-        (resource.RLIMIT_CORE, 0),
+        # Not 0: where the host hands core dumps to a program, that limit is not looked at; 1 keeps it from starting.
+        (resource.RLIMIT_CORE, 1),
         (resource.RLIMIT_NPROC, limits["pids"]),
         (resource.RLIMIT_NOFILE, limits["open_files"]),
         (resource.RLIMIT_FSIZE, limits["file_size"]),

@@ -41,7 +41,7 @@ class Channel:
     """The session's stream, written to by any thread, a whole frame at a time.
 
     State, all under `lock`: `_texts` and `_size`, text not yet made frames; `_frames`, frames not yet sent, with their
-    size; `_armed`, whether the timer runs; `_decoders` and
+    size; `_armed`, whether the timer runs, and `_flushed`, when something was last sent; `_decoders` and
     `_raw_decoders`, unfinished characters of the pipes and of `sys.stdout.buffer`; `_idle`, whether no cell
     runs, and `_dropped`, what idle text was left out.
     """
@@ -57,6 +57,7 @@ class Channel:
         self._frames: list[bytes] = []
         self._frames_size = 0
         self._armed = False
+        self._flushed = 0.0
         self._idle = True
         self._dropped = 0
         self._decoders = [_decoder(), _decoder()]
@@ -128,6 +129,10 @@ class Channel:
             self._append(name, data)
             if self._size >= BATCH_BYTES:
                 self._frame_texts()
+            elif data.endswith(b"\n") and time.monotonic() - self._flushed > BATCH_SECONDS:
+                # The first line after a pause goes at once: it may be the last before a crash.
+                self._frame_texts()
+                self._flush()
             elif self._size:
                 self._arm()
 
@@ -182,6 +187,7 @@ class Channel:
     def _flush(self) -> None:
         """Send the frames that wait."""
         data, self._frames, self._frames_size = b"".join(self._frames), [], 0
+        self._flushed = time.monotonic()
         if self._stream is not None and data:
             # A host that is gone ends this process by its supervisor; until then there is nobody to write to.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):

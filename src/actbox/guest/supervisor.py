@@ -225,13 +225,20 @@ def main() -> None:
         # The place of this package is no place for the guest's imports.
         sys.path.remove(layout["guest_path"])
     sys.path.extend(layout["extra_path"])
+    layer = "folders"
     try:
+        _check_folders(layout["folders"])
+        layer = "seccomp"
         seccomp.install("outer")
-    except (OSError, RuntimeError) as exc:
-        control.send(json.dumps({"op": "failed", "layer": "seccomp", "errno": None, "detail": str(exc)}).encode())
-        return
-    try:
+        layer = "IPython"
         Supervisor(control, layout).run()
-    except ImportError as exc:
-        detail = f"{exc}"
-        control.send(json.dumps({"op": "failed", "layer": "IPython", "errno": None, "detail": detail}).encode())
+    except (OSError, RuntimeError, ImportError) as exc:
+        control.send(json.dumps({"op": "failed", "layer": layer, "errno": None, "detail": f"{exc}"[:1000]}).encode())
+
+
+def _check_folders(folders: list[tuple[str, int, int]]) -> None:
+    """Refuse to run over a folder that is not the one which the host has checked."""
+    for place, device, inode in folders:
+        found = os.stat(place)
+        if (found.st_dev, found.st_ino) != (device, inode):
+            raise RuntimeError(f"{place} is not the folder that was checked: it was replaced meanwhile")
