@@ -385,7 +385,7 @@ async def test_the_strictest_of_several_time_limits_counts(executor: CodeExecuto
     assert [type(result) for result in results] == [ExecutionTimeout, ExecutionTimeout]
 
 
-@pytest.mark.parametrize("timeout", [1e-9, 5, 86_400 * 365.25, 10**9])
+@pytest.mark.parametrize("timeout", [1e-9, 5, 10**9, 1e300, 10**300], ids=lambda timeout: repr(timeout)[:12])
 async def test_any_positive_number_is_a_time(executor: CodeExecutor, timeout: float) -> None:
     await executor.execute("kept = 1", timeout=SECONDS)
     if timeout < 1:
@@ -399,7 +399,7 @@ async def test_any_positive_number_is_a_time(executor: CodeExecutor, timeout: fl
 
 @pytest.mark.parametrize(
     "timeout",
-    [0, -1, float("nan"), float("inf"), float("-inf"), "1", True, None, b"1", [1], 1e300, 10**400, 1j],
+    [0, -1, float("nan"), float("inf"), float("-inf"), "1", True, None, b"1", [1], 10**400, 1j],
     ids=lambda timeout: repr(timeout)[:12],
 )
 async def test_a_time_that_is_no_positive_number_is_refused(executor: CodeExecutor, timeout: Any) -> None:

@@ -28,7 +28,7 @@ from actbox import (
 from actbox.protocol import frames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+    from collections.abc import AsyncIterator, Generator
     from pathlib import Path
 
 pytestmark = pytest.mark.anyio
@@ -78,6 +78,8 @@ class Raw:
 
     async def __aexit__(self, *_exc: object) -> None:
         self.writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await self.writer.wait_closed()
 
     def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
         self.writer.write(frames.encode(header, payload))
@@ -356,18 +358,29 @@ async def test_a_stalled_reader_is_not_taken_for_a_dead_link(container: CodeExec
         assert size == 20_000_000
 
 
-async def served_by(answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> asyncio.Server:
-    """A server that is no container."""
-    return await asyncio.start_server(answer, "127.0.0.1", 0)
+@contextlib.asynccontextmanager
+async def no_container(said: bytes, *, stays: bool = False) -> AsyncIterator[int]:
+    """The port of a server that says this to everybody, and then leaves or falls silent."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def say(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        writer.write(said)
+        if not stays:
+            writer.close()
+
+    async with await asyncio.start_server(say, "127.0.0.1", 0) as server:
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            for writer in writers:
+                writer.close()
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
 
 
 async def test_a_gateway_that_falls_silent_is_given_up_after_a_few_heartbeats() -> None:
-    async def welcome_and_no_more(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(frames.encode({"type": "welcome", "limits": {}}))
-        await writer.drain()
-
-    async with await served_by(welcome_and_no_more) as server:
-        port = server.sockets[0].getsockname()[1]
+    async with no_container(frames.encode({"type": "welcome", "limits": {}}), stays=True) as port:
         client = ExecutionClient(port, heartbeat_interval=0.05, token="t", interrupt_grace=GRACE)
         await client.connect()
         with within(5), pytest.raises(ExecutionLost):
@@ -392,13 +405,7 @@ async def test_a_gateway_that_falls_silent_is_given_up_after_a_few_heartbeats() 
     ids=["nothing", "http", "ssh", "zeros", "limit", "unknown limit", "limits", "refused", "ready", "empty"],
 )
 async def test_what_is_no_gateway_is_an_error_of_the_connection(answer: bytes) -> None:
-    async def say(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer)
-        await writer.drain()
-        writer.close()
-
-    async with await served_by(say) as server:
-        port = server.sockets[0].getsockname()[1]
+    async with no_container(answer) as port:
         with within(5), pytest.raises((ConnectionError, ProtocolError)) as caught:
             await ExecutionClient(port, token="t").connect()
         assert str(caught.value).isascii()

@@ -114,6 +114,16 @@ async def test_history_is_where_ipython_keeps_it(executor: CodeExecutor) -> None
     assert await text_of(executor, "%history 1-2") == "6 * 7\n'b'"
 
 
+async def test_a_fresh_session_is_empty(executor: CodeExecutor) -> None:
+    code = "_, __, ___, _i, _ii, dict(Out), len(In), get_ipython().execution_count"
+    assert await text_of(executor, code) == "('', '', '', '', '', {}, 2, 1)"
+    names = "sorted(name for name in globals() if not name.startswith('_'))"
+    assert await text_of(executor, f"set({names}) - {{'In', 'Out', 'exit', 'get_ipython', 'open', 'quit'}}") == "set()"
+    assert await text_of(executor, "%history 1-1") == code
+    error = await failure_of(executor, "import sys\nsys.last_value")
+    assert "In[5]" in (error.trace or "")
+
+
 async def test_the_last_expression_is_an_execute_result_with_its_number(executor: CodeExecutor) -> None:
     await run(executor, "1")
     result = await run(executor, "2")

@@ -296,13 +296,14 @@ def warm_up(shell: Shell) -> None:
     it would be slower, and would copy the pages of memory on which it is noted. The cells are these, never a guest's,
     and leave no trace in the namespace or the history.
     """
+    fresh = {name: value for name, value in shell.user_ns.items() if name.startswith("_")}
     for _ in range(_WARM_UP_ROUNDS):
         for cell in ("1 + 1", "import sys", "print(end='')"):
             shell.run_cell(cell, store_history=True)
-    before = dict(shell.user_ns)
     shell.reset(new_session=True)
-    # What makes the namespace a module: multiprocessing looks for `__spec__`.
-    shell.user_ns.update({name: value for name, value in before.items() if name.startswith("__")})
+    # A reset leaves out what makes the namespace a module (multiprocessing looks for `__spec__`), and `_`.
+    for name, value in fresh.items():
+        shell.user_ns.setdefault(name, value)
     try:
         raise ValueError
     except ValueError as exc:
