@@ -28,7 +28,7 @@ from actbox import (
 from actbox.protocol import frames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Generator
+    from collections.abc import AsyncGenerator, AsyncIterator, Generator
     from pathlib import Path
 
 pytestmark = pytest.mark.anyio
@@ -359,7 +359,7 @@ async def test_a_stalled_reader_is_not_taken_for_a_dead_link(container: CodeExec
 
 
 @contextlib.asynccontextmanager
-async def no_container(said: bytes, *, stays: bool = False) -> AsyncIterator[int]:
+async def no_container(said: bytes, *, stays: bool = False) -> AsyncGenerator[int]:
     """The port of a server that says this to everybody, and then leaves or falls silent."""
     writers: list[asyncio.StreamWriter] = []
 
