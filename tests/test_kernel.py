@@ -115,8 +115,8 @@ async def test_history_is_where_ipython_keeps_it(executor: CodeExecutor) -> None
 
 
 async def test_a_fresh_session_is_empty(executor: CodeExecutor) -> None:
-    code = "_, __, ___, _i, _ii, dict(Out), len(In), get_ipython().execution_count"
-    assert await text_of(executor, code) == "('', '', '', '', '', {}, 2, 1)"
+    code = "_, __, ___, _i, _ii, _iii, dict(Out), len(In)"
+    assert await text_of(executor, code) == "('', '', '', '', '', '', {}, 2)"
     names = "sorted(name for name in globals() if not name.startswith('_'))"
     assert await text_of(executor, f"set({names}) - {{'In', 'Out', 'exit', 'get_ipython', 'open', 'quit'}}") == "set()"
     assert await text_of(executor, "%history 1-1") == code

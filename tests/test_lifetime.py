@@ -150,6 +150,10 @@ def left_in(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))  # noqa: PTH208
 
 
+def kept_in(cache: Path) -> list[str]:
+    return sorted(str(path) for path in cache.glob("*/*"))
+
+
 def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))  # noqa: PTH208
 
@@ -623,6 +627,7 @@ def script(tmp_path: Path, body: str) -> tuple[Path, str]:
     return path, token
 
 
+@pytest.mark.usefixtures("container")  # it has the environment prepared
 @pytest.mark.parametrize("kind", BROKEN)
 async def test_a_sandbox_that_cannot_be_set_up_is_told_and_leaves_no_process(
     kind: str, workspace_path: Path, tmp_path: Path, engine: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
@@ -646,6 +651,7 @@ async def test_a_sandbox_that_cannot_be_set_up_is_told_and_leaves_no_process(
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("container")  # as above
 async def test_a_sandbox_that_never_comes_up_is_given_up(
     workspace_path: Path, tmp_path: Path, engine: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -659,6 +665,44 @@ async def test_a_sandbox_that_never_comes_up_is_given_up(
         await container.run()
     assert mentioning(token) == set()
     assert await back_to(before) == {}
+
+
+async def test_a_first_start_prepares_the_environment_and_leaves_nothing_else(
+    workspace_path: Path, tmp_path: Path, engine: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E22: what is made once for all is whole, and the second start finds it."""
+    monkeypatch.setenv("ACTBOX_CACHE_DIR", str(tmp_path / "cache"))
+    made: list[list[str]] = []
+    for _ in range(2):
+        before = traces()
+        async with (
+            CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=()) as container,
+            CodeExecutor("one", container.workspace, container.port) as executor,
+        ):
+            assert (await executor.execute("print(1)")).text == "1"
+        assert await back_to(before) == {}
+        made.append(kept_in(tmp_path / "cache"))
+    assert len(made[0]) <= 1  # none, where nothing had to be prepared
+    assert made[0] == made[1]
+
+
+async def test_a_preparation_that_fails_leaves_nothing(
+    workspace_path: Path, tmp_path: Path, engine: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E25: no process and no half-made folder."""
+    path, token = script(tmp_path, BROKEN["bad status descriptor"])
+    before = traces()
+    monkeypatch.setenv("ACTBOX_BWRAP", str(path))
+    monkeypatch.setenv("ACTBOX_CACHE_DIR", str(tmp_path / "cache"))
+    try:
+        with pytest.raises(SandboxUnavailable):
+            await CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=()).run()
+        assert await until(lambda: mentioning(token) == set())
+        assert await back_to(before) == {}
+        assert kept_in(tmp_path / "cache") == []
+    finally:
+        for pid in mentioning(token):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("readonly", [True, False])

@@ -72,7 +72,8 @@ class Execution:
     to one reader.
 
     State: `_fold` and `_images`, what is kept of the output; `_events`, what waits for a reader, with its size;
-    `_changed`, completed and renewed whenever a reader should look again; `_outcome`, set once.
+    `_changed`, completed and renewed whenever a reader should look again; `_waiting`, completed at the end; `_outcome`,
+    set once.
     """
 
     def __init__(self, client: Stopper, code: str, keep_image: Callable[[bytes, str], Path | None]) -> None:
@@ -91,7 +92,7 @@ class Execution:
         self._changed: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._outcome: Outcome | None = None
-        self._ended = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
         self._began = 0.0
         self._duration = 0.0
         self._at_line_start = True
@@ -172,7 +173,7 @@ class Execution:
         """
         if self._outcome is None:
             self._client.stop(self, "interrupt")
-            await self._ended.wait()
+            await self._wait_for_end()
 
     def so_far(self) -> ExecutionResult:
         """What the cell has put out until now, whether it still runs, ended well or not."""
@@ -222,7 +223,9 @@ class Execution:
         if self._outcome is None:
             self._outcome = outcome
             self._duration = asyncio.get_running_loop().time() - self._began if self._began else 0.0
-            self._ended.set()
+            for waiting in self._waiting:
+                if not waiting.done():
+                    waiting.set_result(None)
             self._notify()
             self._make_room()
 
@@ -250,11 +253,12 @@ class Execution:
 
     async def _wait_for_end(self) -> None:
         if self._outcome is None:
-            waiting = asyncio.ensure_future(self._ended.wait())
+            waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
             try:
                 await self._or_interrupt(waiting)
             finally:
-                waiting.cancel()
+                self._waiting.remove(waiting)
 
     async def _or_interrupt(self, waiting: Awaitable[object]) -> None:
         try:

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import pathlib
 import random
 import signal
 import sys
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .reload import SkillReloader
 
 _RECEIVE = 256 << 10
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Kernel:
@@ -61,6 +63,7 @@ class Kernel:
         self._channel.start()
         shells.connect(self._channel)
         _prepare_process(start)
+        self._shell.user_ns["_dh"][:] = [pathlib.Path(start["cwd"])]
         self._reloader.watch(start["skills"], self._interrupts)
         gc.enable()
         self._channel.now({"type": "ready", "python": sys.version.split()[0], "ipython": _ipython_version()})
@@ -165,9 +168,8 @@ def _ipython_version() -> str:
 
 def close_other_files(keep: set[int]) -> None:
     """Close every file descriptor but these, whatever this process inherited."""
-    libc = ctypes.CDLL(None, use_errno=True)
     low = 0
     for fd in [*sorted(keep), 1 << 31]:
-        if low < fd and libc.close_range(ctypes.c_uint(low), ctypes.c_uint(fd - 1), 0) != 0:
+        if low < fd and _libc.close_range(ctypes.c_uint(low), ctypes.c_uint(fd - 1), 0) != 0:
             os.closerange(low, min(fd, 1 << 16))
         low = fd + 1

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import struct
 import sys
@@ -283,6 +284,7 @@ class _Assembler:
         return len(self._code) - 1
 
 
+@functools.cache
 def program(stage: Stage, machine: str | None = None) -> bytes:
     """The filter as an array of `struct sock_filter`, fit for seccomp(2) and for bubblewrap's `--seccomp`.
 

@@ -304,6 +304,11 @@ def warm_up(shell: Shell) -> None:
     # A reset leaves out what makes the namespace a module (multiprocessing looks for `__spec__`), and `_`.
     for name, value in fresh.items():
         shell.user_ns.setdefault(name, value)
+    for name in ("_", "__", "___"):
+        # The hook takes a `_` that is not its own for the user's, and leaves it alone from then on.
+        setattr(shell.displayhook, name, shell.user_ns[name])
+    for name in ("_i", "_ii", "_iii", "_i00"):
+        setattr(shell.history_manager, name, "")
     try:
         raise ValueError
     except ValueError as exc:

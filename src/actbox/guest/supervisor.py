@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _DATAGRAM = 64 << 10
 _PROBE_SECONDS = 10
+_PATIENCE_MILLISECONDS = 50
 
 
 class Supervisor:
@@ -75,9 +76,12 @@ class Supervisor:
             while not self._warm:
                 self._work_ahead()
             isolation.set_dumpable(value=False)
+        # What each session would have to assemble anew.
+        seccomp.program("inner")
         gc.collect()
         gc.freeze()
         self._send({"op": "ready", "seconds": time.monotonic() - began, "python": sys.version.split()[0]})
+        self._wait_for_first()
         while True:
             idle = self._warm and (self._spare is not None or not self._nested)
             events = self._poller.poll(None if idle else 0)
@@ -90,6 +94,13 @@ class Supervisor:
                 self._work_ahead()
             elif not events and self._spare is None and self._nested:
                 self._spare = self._fork_session()
+
+    def _wait_for_first(self) -> None:
+        """Let the first request come before a long import is begun, and meanwhile load what it needs."""
+        importlib.import_module(".session", __package__)
+        patience = select.poll()
+        patience.register(self._control, select.POLLIN)
+        patience.poll(_PATIENCE_MILLISECONDS)
 
     def _work_ahead(self) -> None:
         """Do for all sessions to come what each would have to do: import one library, or at last warm up the shell."""

@@ -25,9 +25,9 @@ PREFIX = struct.Struct("!II")
 _MAX_DIGITS = 20
 _MAX_KEYS = 10_000
 
-# Bound once: what a guest does to the json module is no reason for its kernel to fall silent.
+# Bound once, here and at the end of the file: what a guest does to the json module is no reason for its kernel to fall
+# silent.
 _to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-_from_json = json.loads
 
 
 class FrameError(Exception):
@@ -127,13 +127,7 @@ def parse_header(data: bytes) -> dict[str, Any]:
         FrameError: it is anything else.
     """
     try:
-        header: Any = _from_json(
-            data.decode(),
-            parse_constant=_refuse,
-            parse_int=_bounded_int,
-            parse_float=_finite,
-            object_pairs_hook=_unique,
-        )
+        header: Any = _from_json(data.decode())
     except (ValueError, RecursionError) as exc:
         raise FrameError(f"bad header: {type(exc).__name__}") from exc
     if type(header) is not dict:
@@ -165,3 +159,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         raise ValueError("repeated key")
     return made
+
+
+_from_json = json.JSONDecoder(
+    parse_constant=_refuse, parse_int=_bounded_int, parse_float=_finite, object_pairs_hook=_unique
+).decode
