@@ -121,7 +121,7 @@ async def test_a_fresh_session_is_empty(executor: CodeExecutor) -> None:
     assert await text_of(executor, f"set({names}) - {{'In', 'Out', 'exit', 'get_ipython', 'open', 'quit'}}") == "set()"
     assert await text_of(executor, "%history 1-1") == code
     error = await failure_of(executor, "import sys\nsys.last_value")
-    assert "In[5]" in (error.trace or "")
+    assert "In[4]" in (error.trace or "")
 
 
 async def test_the_last_expression_is_an_execute_result_with_its_number(executor: CodeExecutor) -> None:

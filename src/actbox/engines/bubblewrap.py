@@ -19,6 +19,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -286,6 +287,7 @@ def _warm(facts: plan.Facts, bwrap: Bwrap, progress: Callable[[str], None]) -> P
         return folder
     progress(f"preparing the environment {facts.environment.tag!r} (once)")
     store.mkdir(parents=True, exist_ok=True)
+    _sweep(store)
     made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=store))
     try:
         for name in ("pycache", "matplotlib"):
@@ -296,13 +298,7 @@ def _warm(facts: plan.Facts, bwrap: Bwrap, progress: Callable[[str], None]) -> P
         output = os.memfd_create("actbox-warm")
         try:
             process = _spawn(bwrap, plan.warm_plan(facts, made), output, ())
-            try:
-                code = process.wait(_WARM_SECONDS)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                _end(process)
-            if code != 0:
+            if _end(process, _WARM_SECONDS) != 0:
                 raise explain(_read_output(output))
         finally:
             os.close(output)
@@ -312,6 +308,14 @@ def _warm(facts: plan.Facts, bwrap: Bwrap, progress: Callable[[str], None]) -> P
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
+
+
+def _sweep(store: Path) -> None:
+    """Remove half-made folders whose maker was killed: those that are older than any maker may take."""
+    for draft in store.glob("*.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - draft.stat().st_mtime > 2 * _WARM_SECONDS:
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -419,14 +423,14 @@ def _owner(folder: Path) -> list[int]:
     return [status.st_uid, status.st_gid]
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Wait a moment for the sandbox to end by itself, then kill what is left of it; returns when it is reaped."""
+def _end(process: subprocess.Popen[bytes], seconds: float = _CLOSE_SECONDS / 5) -> int | None:
+    """Give the sandbox so long to end by itself, then kill what is left of it; its exit code, once it is reaped."""
     if process.returncode is None:
         ending = os.pidfd_open(process.pid)
         try:
             poller = select.poll()
             poller.register(ending, select.POLLIN)
-            poller.poll(1000 * _CLOSE_SECONDS / 5)
+            poller.poll(1000 * seconds)
         finally:
             os.close(ending)
         # bwrap's child is the sandbox's pid 1 and gets SIGKILL when bwrap ends (--die-with-parent). The group covers
@@ -436,6 +440,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 kill(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_CLOSE_SECONDS)
+    return process.returncode
 
 
 def _read_output(fd: int) -> str:

@@ -163,10 +163,8 @@ def warm_plan(facts: Facts, folder: Path) -> Plan:
         *(step for step in _guest(facts) if not (isinstance(step, ReadOnly) and step.place == WARM)),
         Flags(("--proc", "/proc", "--dev", "/dev", "--size", str(256 * MIB), "--tmpfs", "/tmp")),
         Writable(folder, WARM),
-        Flags(
-            ("--setenv", "MPLCONFIGDIR", f"{WARM}/matplotlib", "--setenv", "HOME", "/tmp",
-             "--setenv", "PATH", "/usr/bin:/bin")
-        ),
+        # The later of two settings holds.
+        Flags((*_variables(facts, extra_path), "--setenv", "MPLCONFIGDIR", f"{WARM}/matplotlib")),
     ]  # fmt: skip
     command = (executable, "-I", "-X", f"pycache_prefix={WARM}/pycache", "-c", script)
     return Plan(tuple(steps), command, extra_path)
