@@ -1260,7 +1260,6 @@ DEATHS = {
     "kill": "import os; os.kill(os.getpid(), 9)",
     "exit": "import os; os._exit(3)",
     "illegal instruction": "import os; os.kill(os.getpid(), 4)",
-    "stack overflow": "import ctypes, sys; sys.setrecursionlimit(10**9)\ndef f(): ctypes.CFUNCTYPE(None)(f)()\nf()",
 }
 
 

@@ -4,7 +4,8 @@ It imports the libraries once, then forks a process for every session that the h
 no part in what becomes of them: host and session speak over sockets of their own (see `session`). The host speaks to
 it in datagrams over one socket; when that socket ends, so does it, and with it the whole container.
 
-State: the modules still to be preloaded, whether all that can be done ahead is done, and the session in store.
+State: the modules still to be preloaded, whether all that can be done ahead is done, until when no import is begun, and
+the session in store.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 _DATAGRAM = 64 << 10
 _PROBE_SECONDS = 10
 _PATIENCE_MILLISECONDS = 50
+# A session that is opened before the libraries are loaded imports what it needs itself. To import the same beside it
+# would slow it down: that waits so long after each request, and so long in all.
+_QUIET_SECONDS = 1.0
+_QUIET_SECONDS_IN_ALL = 3.0
 
 
 class Supervisor:
@@ -47,6 +52,7 @@ class Supervisor:
         self._nested: bool = layout["nested"]
         self._seeds: list[list[str]] = layout["seeds"]
         self._spare: socket.socket | None = None
+        self._quiet_until = 0.0
         self._shell: Shell
         self._reloader: SkillReloader
         self._children, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -82,16 +88,19 @@ class Supervisor:
         gc.freeze()
         self._send({"op": "ready", "seconds": time.monotonic() - began, "python": sys.version.split()[0]})
         self._wait_for_first()
+        latest = time.monotonic() + _QUIET_SECONDS_IN_ALL
         while True:
             idle = self._warm and (self._spare is not None or not self._nested)
-            events = self._poller.poll(None if idle else 0)
+            pause = 0.0 if self._warm else max(0.0, min(self._quiet_until, latest) - time.monotonic())
+            events = self._poller.poll(None if idle else 1000 * pause)
             for fd, _ in events:
                 if fd == self._children:
                     self._reap()
                 elif not self._serve_request():
                     return
             if not self._warm:
-                self._work_ahead()
+                if time.monotonic() >= min(self._quiet_until, latest):
+                    self._work_ahead()
             elif not events and self._spare is None and self._nested:
                 self._spare = self._fork_session()
 
@@ -129,6 +138,7 @@ class Supervisor:
         message, fds, _, _ = socket.recv_fds(self._control, _DATAGRAM, 2, socket.MSG_CMSG_CLOEXEC)
         if not message:
             return False
+        self._quiet_until = time.monotonic() + _QUIET_SECONDS
         spare, self._spare = self._spare or self._fork_session(), None
         try:
             socket.send_fds(spare, [b"s"], fds)
