@@ -50,10 +50,10 @@ async def main(port, token, key, workspace, cells):
     async with made as client:
         for code, timeout in cells:
             execution = await client.submit(code)
-            answer = {"chunks": []}
+            answer = {"stream": ""}
             try:
                 async for chunk in execution.stream(timeout):
-                    answer["chunks"].append(chunk)
+                    answer["stream"] += chunk
                 result = await execution.result(timeout)
                 answer |= {"text": result.text, "restarted": result.restarted, "images": len(result.images)}
             except Exception as exc:
@@ -200,15 +200,15 @@ async def test_a_client_in_another_process_executes_streams_and_hears_of_every_e
             ("3", SECONDS),
         ],
     )
-    assert answers[0] == {"chunks": ["é😀\n", "2\n"], "text": "é😀\n2", "restarted": False, "images": 0}
-    assert "".join(answers[1]["chunks"]) == "".join(f"{n}\n" for n in range(50_000))
+    assert answers[0] == {"stream": "é😀\n2\n", "text": "é😀\n2", "restarted": False, "images": 0}
+    assert answers[1]["stream"] == "".join(f"{n}\n" for n in range(50_000))
     assert (answers[2]["error"], answers[2]["facts"]["name"]) == ("ExecutionError", "ZeroDivisionError")
     assert (answers[3]["error"], answers[3]["facts"]["state_kept"]) == ("ExecutionTimeout", True)
     assert (answers[4]["text"], answers[4]["restarted"]) == ("1", False)
     assert (answers[5]["error"], answers[5]["facts"]["state_kept"]) == ("ExecutionTimeout", False)
     assert (answers[6]["text"], answers[6]["restarted"]) == ("False", True)
     assert (answers[7]["error"], answers[7]["facts"]["signal"]) == ("KernelDied", 9)
-    assert answers[7]["chunks"] == ["last\n"]
+    assert answers[7]["stream"] == "last\n"
     assert (answers[8]["error"], answers[8]["facts"]["exit_code"]) == ("KernelDied", 7)
     assert (answers[9]["text"], answers[9]["restarted"]) == ("3", True)
 

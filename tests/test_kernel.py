@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from actbox import ExecutionError, ExecutionInterrupted, ExecutionResult, ExecutionTimeout, Output
-from actbox.events import ClearOutput, DisplayData, Event, Stream, UpdateDisplayData
+from actbox.events import ClearOutput, DisplayData, Event, UpdateDisplayData
 from actbox.result import strip_ansi
 
 if TYPE_CHECKING:
@@ -394,11 +394,8 @@ async def test_clear_output_takes_back_what_was_shown(executor: CodeExecutor) ->
     assert await text_of(executor, code) == "new"
     assert await text_of(executor, "print('old'); clear_output(wait=True)") == "old"
     assert await text_of(executor, "print('old'); clear_output(wait=True); print('new')") == "new"
-    assert [type(event) for event in await events_of(executor, "print(1); clear_output(True); print(2)")] == [
-        Stream,
-        ClearOutput,
-        Stream,
-    ]
+    events = await events_of(executor, "display(1); clear_output(True); display(2)")
+    assert [type(event) for event in events] == [DisplayData, ClearOutput, DisplayData]
 
 
 # -- magics --------------------------------------------------------------------------------------------------------
@@ -867,7 +864,7 @@ async def test_a_background_program_that_never_stops_printing_holds_nothing_up(e
     await run(executor, "import subprocess, time\nyes = subprocess.Popen(['yes'], start_new_session=True)\nn = 0")
     for _ in range(5):
         result = await run(executor, "time.sleep(0.05); print('done'); n += 1")
-        assert result.truncated
+        assert "y\ny\n" in (result.text or "")
     await run(executor, "yes.kill(); yes.wait(); None")
     await run(executor, "")
     assert await text_of(executor, "print('quiet', n)") == "quiet 5"
