@@ -11,6 +11,7 @@ import os
 import signal
 import struct
 import threading
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -92,12 +93,14 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def enter(self) -> None:
-        if threading.get_ident() == self._main:
+        """`with interrupts.held` begins: every write of the guest's comes through here, so it is short."""
+        if get_ident() == self._main:
             self._depth += 1
 
-    def leave(self) -> None:
+    def leave(self, *_exc: object) -> None:
+        """`with interrupts.held` ends."""
         __tracebackhide__ = True
-        if threading.get_ident() != self._main:
+        if get_ident() != self._main:
             return
         self._depth -= 1
         if self._pending and not self._depth:
@@ -116,7 +119,7 @@ class _Held:
     def __enter__(self) -> None:
         self._owner.enter()
 
-    def __exit__(self, *_exc: object) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._owner.leave()
 
 
