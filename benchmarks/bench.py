@@ -44,7 +44,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How often each is measured, in each of the two; a round more is run first and not counted."""
+    """How often each is measured, in each of the two; `warm_up` rounds more are run first and not counted."""
+
+    warm_up: int = 1
 
     starts: int = 5
     sessions: int = 10
@@ -177,7 +179,8 @@ async def _further(container: Container) -> _Further:
         began = time.perf_counter()
         await session.close()
         close = time.perf_counter() - began
-    # Its processes are those that its end has ended.
+    # Its processes are those that its end has ended; the last of them may need a moment more than `close`.
+    await asyncio.sleep(_SETTLE_SECONDS)
     left = memory.descendants(os.getpid())
     its = [size for pid, size in held.items() if pid not in left]
     return _Further(takes_cells, ready, close, sum(size or 0 for size in its), its.count(None))

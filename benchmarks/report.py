@@ -109,8 +109,9 @@ actbox with its whole boundary (bubblewrap, a sandbox of its own for each sessio
 and `ipykernel` as they come from PyPI, with no sandbox at all: the kindest peer there is, since whatever isolates it
 only adds to its numbers. Both run the same interpreter and the same libraries from the same place, with bytecode.
 
-- **Start to the first result**: until the cell `{imports}` and then `1+1` have given their results. actbox: from
-  entering `CodeExecutionContainer` and `CodeExecutor`; the peer: from `start_kernel()` and `wait_for_ready()`.
+- **Start to the first result**: until the cell `import numpy, pandas, matplotlib.pyplot` and then `1+1` have given
+  their results. actbox: from entering `CodeExecutionContainer` and `CodeExecutor`; the peer: from `start_kernel()` and
+  `wait_for_ready()`.
 - **A further session**: the container runs and its libraries are loaded, the peer has one kernel running. *Takes cells*
   is when `connect()`, or `wait_for_ready()`, has returned; *ready* is when the cell with the imports has ended too. Of
   the peer's time 0.2 s is `wait_for_ready()` seeing that no more output comes.
@@ -124,7 +125,7 @@ only adds to its numbers. Both run the same interpreter and the same libraries f
 - **Unique memory**: the private pages (USS: `Private_*` of `/proc/PID/smaps_rollup`) of all processes of a further
   session, after the cell with the imports, while a first session stays open. Its processes are those that are gone once
   it is closed; one that actbox keeps in store for the next session is not among them.
-- **Close**: from asking until its processes are gone.
+- **Close**: from asking for it until the kernel is gone.
 
 Runs alternate, one of actbox and one of the peer, so that what else the machine does meets both; the first run of each
 is not counted.
@@ -132,4 +133,4 @@ is not counted.
 ## Where
 
 {machine}
-""".replace("{imports}", "import numpy, pandas, matplotlib.pyplot")
+"""

@@ -473,6 +473,21 @@ async def test_an_interrupt_at_any_moment_of_the_beginning_keeps_the_state(execu
     assert await text_of(executor, "kept") == "1"
 
 
+async def test_an_interrupt_while_ipython_prepares_the_cell_is_not_lost(executor: CodeExecutor) -> None:
+    await executor.execute(
+        "import time\ndef prepare():\n    print('preparing')\n    time.sleep(0.3)\n"
+        "get_ipython().events.register('pre_execute', prepare)\nkept = 1",
+        timeout=SECONDS,
+    )
+    execution = await executor.submit(SLEEP)
+    await until_output(execution)
+    with within(1.5):
+        await execution.interrupt()
+    assert isinstance(execution.outcome, Interrupted)
+    assert execution.outcome.state_kept
+    assert await text_of(executor, "get_ipython().events.unregister('pre_execute', prepare)\nkept") == "preparing\n1"
+
+
 async def test_an_interrupt_at_any_moment_of_the_end_keeps_the_state(executor: CodeExecutor) -> None:
     await executor.execute("import time\nkept = 1", timeout=SECONDS)
     for turn in range(60):

@@ -332,17 +332,27 @@ async def test_when_the_container_goes_a_cell_by_the_port_is_lost(small: CodeExe
 
 
 async def test_an_idle_client_keeps_its_session(container: CodeExecutionContainer, executor: CodeExecutor) -> None:
-    async with ExecutionClient(container.port, BY_THE_PORT, 0.02, token=container.token) as client:
+    async with ExecutionClient(container.port, BY_THE_PORT, 0.05, token=container.token) as client:
         await client.execute("x = 1", timeout=SECONDS)
-        # Fifty heartbeats pass, and nobody asks anything of the idle client.
+        # Twenty heartbeats pass, and nobody asks anything of the idle client.
         await executor.execute("import time; time.sleep(1)", timeout=SECONDS)
         result = await client.execute("x", timeout=SECONDS)
         assert (result.text, result.restarted) == ("1", False)
 
 
 async def test_a_cell_that_is_silent_for_long_keeps_its_session(container: CodeExecutionContainer) -> None:
-    async with ExecutionClient(container.port, BY_THE_PORT, 0.02, token=container.token) as client:
+    async with ExecutionClient(container.port, BY_THE_PORT, 0.05, token=container.token) as client:
         assert await text_of(client, "import time; time.sleep(0.5); 1") == "1"
+
+
+async def test_a_caller_that_blocks_its_loop_keeps_its_session(container: CodeExecutionContainer) -> None:
+    async with ExecutionClient(container.port, BY_THE_PORT, 0.05, token=container.token) as client:
+        await client.execute("x = 1", timeout=SECONDS)
+        for _ in range(3):
+            time.sleep(0.3)  # noqa: ASYNC251 - the mistake under test: six heartbeats, and the loop does nothing
+            await asyncio.sleep(0)
+        result = await client.execute("x", timeout=SECONDS)
+        assert (result.text, result.restarted) == ("1", False)
 
 
 async def test_a_stalled_reader_is_not_taken_for_a_dead_link(container: CodeExecutionContainer) -> None:

@@ -677,7 +677,7 @@ def refused_installation() -> dict[str, str]:
     def endless(stage: Stage, machine: str | None = None) -> bytes:
         return bytes(8)
 
-    seccomp.program = endless  # the kernel refuses a program without an end
+    seccomp.assembled = endless  # the kernel refuses a program without an end
     try:
         seccomp.install("inner")
     except OSError as exc:

@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_PRELOAD = ("numpy", "pandas", "matplotlib.pyplot", "matplotlib_inline.backend_inline")
 _EXIT_SECONDS = 5.0
+# Between the deaths of a kernel and of its container, when both are killed at once.
+_SUDDEN_SECONDS = 0.05
 
 
 class ExecutionContainer:
@@ -456,12 +458,18 @@ class _LocalSession:
         with contextlib.suppress(BlockingIOError, OSError):
             data = self._watch.recv(4096) if self._watch is not None else b""
         self._stop_hearing()
+        news: dict[str, Any] = json.loads(data) if data else {}
+        exit_ = Exit(news.get("status"), news.get("begun") or 0, killed=self._killed or bool(news.get("killed")))
         if not data:
-            self._note_exit(Exit(killed=self._killed, gone=not self._killed and not self._supervision.answers()))
             self._end_sandbox()
-            return
-        news: dict[str, Any] = json.loads(data)
-        self._note_exit(Exit(news.get("status"), news.get("begun") or 0, killed=bool(news.get("killed"))))
+        if not exit_.killed and (not data or _was_killed(exit_)):
+            # Somebody killed it: itself, the system, or whoever is just now killing the whole container.
+            self._loop.call_later(_SUDDEN_SECONDS, self._note_sudden_exit, exit_)
+        else:
+            self._note_exit(exit_)
+
+    def _note_sudden_exit(self, exit_: Exit) -> None:
+        self._note_exit(exit_ if self._supervision.answers() else Exit(gone=True))
 
     def _stop_hearing(self) -> None:
         watch, self._watch = self._watch, None

@@ -199,17 +199,19 @@ class _RemoteSession:
         self._beating = asyncio.create_task(self._beat())
 
     async def _beat(self) -> None:
-        loop = asyncio.get_running_loop()
+        # What counts is pings without an answer, not time: a caller that blocks its loop must find its session again.
+        unanswered, heard = 0, self._link.heard
         while not self._link.ended:
             await asyncio.sleep(self._heartbeat)
-            if self._link.paused:
-                # It is we who do not read: nothing can be heard, and nothing is to be feared.
-                continue
-            if loop.time() - self._link.heard > _MISSED_BEATS * self._heartbeat:
+            if self._link.heard > heard or self._link.paused:
+                # While it is we who do not read, nothing can be heard, and nothing is to be feared.
+                unanswered, heard = 0, self._link.heard
+            elif unanswered >= _MISSED_BEATS:
                 self._link.close()
                 return
             with contextlib.suppress(OSError):
                 await self._link.send({"type": "ping"})
+                unanswered += 1
 
     async def receive(self) -> Frame | None:
         while True:

@@ -76,6 +76,10 @@ class Interrupts:
             self.delivered = True
             raise KeyboardInterrupt
 
+    def was_delivered(self) -> bool:
+        """Whether the running cell was interrupted."""
+        return self.delivered
+
     def end(self) -> None:
         """No cell runs any more: a SIGINT does nothing."""
         _NUMBER.pack_into(self._page, _CURRENT, 0)

@@ -80,6 +80,7 @@ class Kernel:
         try:
             self._interrupts.begin(cell)
             self._reloader.before_cell()
+            self._shell.interrupted = self._interrupts.was_delivered
             result = self._shell.run_cell(code, store_history=True)
             error = result.error_before_exec or result.error_in_exec
         except KeyboardInterrupt as exc:

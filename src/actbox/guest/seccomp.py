@@ -284,7 +284,6 @@ class _Assembler:
         return len(self._code) - 1
 
 
-@functools.cache
 def program(stage: Stage, machine: str | None = None) -> bytes:
     """The filter as an array of `struct sock_filter`, fit for seccomp(2) and for bubblewrap's `--seccomp`.
 
@@ -337,6 +336,10 @@ _SECCOMP_SET_MODE_FILTER = 1
 _SECCOMP_FILTER_FLAG_TSYNC = 1
 
 
+# Sessions are forks of a process that has assembled theirs.
+assembled = functools.cache(program)
+
+
 def install(stage: Stage) -> None:
     """Put the filter on this process, all its threads and all that they will ever start or become. It cannot be undone.
 
@@ -349,7 +352,7 @@ def install(stage: Stage) -> None:
     if sys.maxsize < 2**32:
         raise UnsupportedMachine("seccomp: there is no filter for a 32-bit Python")
     machine = os.uname().machine
-    code = program(stage, machine)
+    code = assembled(stage, machine)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))) != 0:
         raise _failure(stage, ctypes.get_errno(), "no_new_privs was refused")

@@ -32,7 +32,7 @@ from traitlets import Any as AnyTrait
 from traitlets import Instance, Type
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from .output import Channel
 
@@ -53,6 +53,14 @@ _SCALARS = frozenset((bool, int, float, complex, str, bytes))
 _BLANKS = frozenset(("", " ", "\t", "\n", "\v"))
 _TEXT_FORMATS = ("text/", "image/svg+xml", "application/javascript", "application/xml")
 _BINARY_FORMATS = ("image/", "audio/", "video/", "application/pdf")
+
+
+def _never() -> bool:
+    return False
+
+
+# Run in the place of a cell that was interrupted before it began.
+_INTERRUPT = compile("raise KeyboardInterrupt", "<interrupt>", "exec")
 
 
 class _Outputs:
@@ -190,6 +198,7 @@ class Shell(InteractiveShell):
     system = InteractiveShell.system_raw
     display_pub_class = Type(Publisher)
     exit_now = AnyTrait(default_value=False)
+    interrupted: Callable[[], bool] = staticmethod(_never)
 
     def init_history(self) -> None:
         self.history_manager = QuietHistory(shell=self, parent=self)
@@ -214,6 +223,16 @@ class Shell(InteractiveShell):
     def _format_exception_for_storage(self, exception: BaseException, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
         """IPython 9 also keeps each exception's traceback; it trips over a `__str__` that raises."""
         return {"ename": type(exception).__name__, "evalue": _message(exception), "traceback": []}
+
+    async def run_code(self, code_obj: Any, result: Any = None, *, async_: bool = False) -> bool:
+        """Run a part of the cell; the first does not run if the cell was interrupted before it.
+
+        IPython takes an interrupt that comes in a `pre_execute` callback for the callback's own error.
+        """
+        interrupted, self.interrupted = self.interrupted, _never
+        if interrupted():
+            code_obj, async_ = _INTERRUPT, False
+        return await super().run_code(code_obj, result, async_=async_)
 
     def ask_exit(self) -> None:
         """`quit()` and `exit()` end the cell, not the session."""

@@ -83,7 +83,7 @@ class Supervisor:
                 self._work_ahead()
             isolation.set_dumpable(value=False)
         # What each session would have to assemble anew.
-        seccomp.program("inner")
+        seccomp.assembled("inner", os.uname().machine)
         gc.collect()
         gc.freeze()
         self._send({"op": "ready", "seconds": time.monotonic() - began, "python": sys.version.split()[0]})
