@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime as dt
+import functools
 import os
 import platform
 import re
@@ -93,8 +94,9 @@ class _Further:
 
 async def measure(counts: Counts, ours: Contender, theirs: Contender, tell: Callable[[str], None]) -> list[Row]:
     """All rows, in the table's order."""
+    in_turn = functools.partial(_in_turn, counts.warm_up)
     tell("starts")
-    starts = await _in_turn(counts.starts, lambda: _start(ours), lambda: _start(theirs))
+    starts = await in_turn(counts.starts, lambda: _start(ours), lambda: _start(theirs))
     rows = [Row("start to the first result", "ms", _in(_MILLI, starts, _itself), aim=1)]
     async with (
         ours.container() as our_container,
@@ -106,21 +108,21 @@ async def measure(counts: Counts, ours: Contender, theirs: Contender, tell: Call
             await container.warmed()
             await session.run(IMPORTS)
         tell("further sessions")
-        further = await _in_turn(counts.sessions, lambda: _further(our_container), lambda: _further(their_container))
+        further = await in_turn(counts.sessions, lambda: _further(our_container), lambda: _further(their_container))
         tell("bursts")
-        bursts = await _in_turn(
+        bursts = await in_turn(
             counts.bursts, lambda: _burst(our_container, counts.burst), lambda: _burst(their_container, counts.burst)
         )
         tell("round trips")
-        trips = await _in_turn(counts.blocks, lambda: _trips(a, counts.block), lambda: _trips(b, counts.block))
+        trips = await in_turn(counts.blocks, lambda: _trips(a, counts.block), lambda: _trips(b, counts.block))
         tell("streaming")
-        streams = await _in_turn(
+        streams = await in_turn(
             counts.streams, lambda: _stream(a, counts.megabytes), lambda: _stream(b, counts.megabytes)
         )
         tell("print loops")
-        loops = await _in_turn(counts.loops, lambda: _loop(a, counts.prints), lambda: _loop(b, counts.prints))
+        loops = await in_turn(counts.loops, lambda: _loop(a, counts.prints), lambda: _loop(b, counts.prints))
         tell("interrupts")
-        interrupts = await _in_turn(counts.interrupts, a.interrupt, b.interrupt)
+        interrupts = await in_turn(counts.interrupts, a.interrupt, b.interrupt)
     our_trips, their_trips = ([seconds for block in side for seconds in block] for side in trips)
     return [
         *rows,
@@ -134,14 +136,14 @@ async def measure(counts: Counts, ours: Contender, theirs: Contender, tell: Call
 
 
 async def _in_turn(
-    rounds: int, first: Callable[[], Awaitable[T]], second: Callable[[], Awaitable[T]]
+    warm_up: int, rounds: int, first: Callable[[], Awaitable[T]], second: Callable[[], Awaitable[T]]
 ) -> tuple[list[T], list[T]]:
-    """A B A B ...: what drifts on the machine meets both. The first round warms up."""
+    """A B A B ...: what drifts on the machine meets both."""
     results: tuple[list[T], list[T]] = ([], [])
-    for number in range(rounds + 1):
+    for number in range(warm_up + rounds):
         for measured, kept in zip((first, second), results, strict=True):
             result = await measured()
-            if number:
+            if number >= warm_up:
                 kept.append(result)
     return results
 

@@ -460,9 +460,10 @@ class _LocalSession:
         self._stop_hearing()
         news: dict[str, Any] = json.loads(data) if data else {}
         exit_ = Exit(news.get("status"), news.get("begun") or 0, killed=self._killed or bool(news.get("killed")))
-        if not data:
+        if self._own_boundary is not None:
+            self._note_exit(exit_ if exit_.killed or self._supervision.answers() else Exit(gone=True))
             self._end_sandbox()
-        if not exit_.killed and (not data or _was_killed(exit_)):
+        elif not exit_.killed and (not data or _was_killed(exit_)):
             # Somebody killed it: itself, the system, or whoever is just now killing the whole container.
             self._loop.call_later(_SUDDEN_SECONDS, self._note_sudden_exit, exit_)
         else:

@@ -59,8 +59,9 @@ def _never() -> bool:
     return False
 
 
-# Run in the place of a cell that was interrupted before it began.
-_INTERRUPT = compile("raise KeyboardInterrupt", "<interrupt>", "exec")
+def _interrupt() -> None:
+    """Its code is run in the place of a cell that was interrupted before it began."""
+    raise KeyboardInterrupt
 
 
 class _Outputs:
@@ -231,7 +232,7 @@ class Shell(InteractiveShell):
         """
         interrupted, self.interrupted = self.interrupted, _never
         if interrupted():
-            code_obj, async_ = _INTERRUPT, False
+            code_obj, async_ = _interrupt.__code__, False
         return await super().run_code(code_obj, result, async_=async_)
 
     def ask_exit(self) -> None:
