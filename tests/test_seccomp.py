@@ -472,6 +472,8 @@ def test_the_numbers_agree_with_libseccomp(machine: str) -> None:
     try:
         library = ctypes.CDLL("libseccomp.so.2")
     except OSError as exc:
+        if os.environ.get("CI"):
+            raise
         pytest.skip(f"libseccomp is not installed: {exc}")
     resolve, name_of = library.seccomp_syscall_resolve_name_arch, library.seccomp_syscall_resolve_num_arch
     resolve.argtypes = [ctypes.c_uint32, ctypes.c_char_p]

@@ -42,7 +42,6 @@ MS_REC = 16384
 MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
 
-PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
@@ -260,11 +259,6 @@ def give_up_rights() -> None:
 def set_dumpable(*, value: bool) -> None:
     """Whether processes of the same user may look into this one."""
     _check("dumpable", _libc.prctl(PR_SET_DUMPABLE, int(value), 0, 0, 0))
-
-
-def die_with_parent() -> None:
-    """Get SIGKILL when the thread that started this process ends."""
-    _check("parent death signal", _libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0))
 
 
 def _readonly(target: str, *, keep_writable: bool = False) -> None:
