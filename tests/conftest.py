@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from actbox import CodeExecutionContainer, CodeExecutor, SandboxUnavailable
+from actbox import (
+    CodeExecutionContainer,
+    CodeExecutor,
+    EnvironmentBuildError,
+    EnvironmentNotFound,
+    ExecutionContainer,
+    SandboxUnavailable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -29,25 +36,24 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="session")
-def engine() -> str:
-    """The engine under test."""
-    return "bubblewrap"
+@pytest.fixture(scope="session", params=["bubblewrap", "docker"])
+async def engine(request: pytest.FixtureRequest) -> str:
+    """The engine under test: every one of them in turn. One that this machine lacks is skipped, but not in CI."""
+    name: str = request.param
+    try:
+        async with ExecutionContainer(engine=name, preload=()):
+            return name
+    except (SandboxUnavailable, EnvironmentBuildError, EnvironmentNotFound) as exc:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"{name}: {exc}")
 
 
 @pytest.fixture(scope="session")
 async def container(engine: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[CodeExecutionContainer]:
     """One running container over a workspace, for all tests that do not harm it; libraries are loaded."""
     workspace = tmp_path_factory.mktemp("workspace")
-    async with contextlib.AsyncExitStack() as stack:
-        try:
-            made = await stack.enter_async_context(
-                CodeExecutionContainer(workspace_path=workspace, engine=engine, env={"GREETING": "hello"})
-            )
-        except SandboxUnavailable as exc:
-            if os.environ.get("CI"):
-                raise
-            pytest.skip(f"{engine}: {exc}")
+    async with CodeExecutionContainer(workspace_path=workspace, engine=engine, env={"GREETING": "hello"}) as made:
         await made.warmed()
         yield made
 

@@ -280,6 +280,8 @@ def simulate(program: bytes, machine: str, number: int, args: Iterable[int] = ()
             position += yes if accumulator == operand else no
         elif code == 0x35:
             position += yes if accumulator >= operand else no
+        elif code == 0x25:  # not ours; libseccomp's search trees have it
+            position += yes if accumulator > operand else no
         elif code == 0x06:
             return Run(ANSWER_NAMES.get(operand, hex(operand)), steps, loads)
         else:

@@ -7,7 +7,13 @@ from actbox.client import ExecutionClient
 from actbox.container import ExecutionContainer
 from actbox.doctor import Layer, examine
 from actbox.dotenv import dotenv_variables
-from actbox.engines import build_environment
+from actbox.engines import (
+    ContainerInfo,
+    build_environment,
+    build_image,
+    list_containers,
+    prune_containers,
+)
 from actbox.engines import known as environments
 from actbox.errors import (
     ActboxError,
@@ -15,6 +21,7 @@ from actbox.errors import (
     DotenvError,
     EnvironmentBuildError,
     EnvironmentNotFound,
+    EnvironmentUnusable,
     ExecutionError,
     ExecutionInterrupted,
     ExecutionLost,
@@ -22,10 +29,13 @@ from actbox.errors import (
     InvalidArgument,
     InvalidKey,
     KernelDied,
+    LocalPathError,
+    LocalPathMissing,
     PortInUse,
     ProtocolError,
     SandboxUnavailable,
     StateError,
+    TransferRefused,
     WorkspaceError,
 )
 from actbox.execution import Execution
@@ -48,9 +58,11 @@ __all__ = [
     "CodeExecutionEnvironment",
     "CodeExecutor",
     "ConnectionError",
+    "ContainerInfo",
     "DotenvError",
     "EnvironmentBuildError",
     "EnvironmentNotFound",
+    "EnvironmentUnusable",
     "Execution",
     "ExecutionClient",
     "ExecutionContainer",
@@ -65,18 +77,24 @@ __all__ = [
     "KernelDied",
     "Layer",
     "Limits",
+    "LocalPathError",
+    "LocalPathMissing",
     "Logger",
     "Output",
     "PortInUse",
     "ProtocolError",
     "SandboxUnavailable",
     "StateError",
+    "TransferRefused",
     "Workspace",
     "WorkspaceError",
     "__version__",
     "build_environment",
+    "build_image",
     "dotenv_variables",
     "environments",
     "examine",
     "execution_environment",
+    "list_containers",
+    "prune_containers",
 ]

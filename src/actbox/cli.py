@@ -1,4 +1,4 @@
-"""The command line: `actbox run`, `repl`, `build` and `doctor`.
+"""The command line: `actbox run`, `repl`, `build`, `doctor`, `ps` and `prune`.
 
 It knows public names alone. What may be shown of a guest's words is decided in `terminal`.
 """
@@ -17,6 +17,7 @@ import platform
 import signal
 import sys
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,10 @@ from actbox import (
     CodeExecutionContainer,
     CodeExecutor,
     ConnectionError,
+    ContainerInfo,
     EnvironmentBuildError,
     EnvironmentNotFound,
+    EnvironmentUnusable,
     ExecutionError,
     InvalidArgument,
     Layer,
@@ -35,8 +38,11 @@ from actbox import (
     SandboxUnavailable,
     __version__,
     build_environment,
+    build_image,
     dotenv_variables,
     examine,
+    list_containers,
+    prune_containers,
 )
 from actbox import repl as prompt
 from actbox.events import Died, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
@@ -129,7 +135,7 @@ def _code_of(error: Exception) -> ExitCode:
     match error:
         case InvalidArgument():
             return ExitCode.USAGE
-        case SandboxUnavailable() | EnvironmentNotFound() | EnvironmentBuildError():
+        case SandboxUnavailable() | EnvironmentNotFound() | EnvironmentUnusable() | EnvironmentBuildError():
             return ExitCode.UNAVAILABLE
         case ConnectionError():
             return ExitCode.LOST
@@ -184,12 +190,22 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("-t", "--tag", required=True, help="the environment's name")
     build.add_argument("-r", "--requirements", type=Path, metavar="FILE", help="a requirements file")
     build.add_argument("--python", metavar="3.x", help="a version or an interpreter's path (the running one)")
+    build.add_argument("--engine", default="auto", help="docker makes an image (default: bubblewrap)")
+    build.add_argument("--base", metavar="IMAGE", help="with --engine docker: what to build on (official slim image)")
     build.add_argument("packages", nargs="*", metavar="PACKAGE", help="requirements, as pip takes them")
 
     doctor = add("doctor", "tell what works on this machine, and how to mend what does not")
     doctor.set_defaults(command=_doctor)
     _add_engine_arguments(doctor)
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
+
+    ps = add("ps", "list the containers of the Docker engine that actbox made")
+    ps.set_defaults(command=_ps)
+    ps.add_argument("--json", action="store_true", help="print one JSON document")
+
+    prune = add("prune", "remove the containers that processes left behind which have ended; live ones stay")
+    prune.set_defaults(command=_prune)
+    prune.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
@@ -203,8 +219,13 @@ def _add_session_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tag", default="default", help="the environment inside, made by `actbox build`")
-    parser.add_argument("--engine", default="auto", help="what builds the sandbox: auto, bubblewrap (default: auto)")
+    parser.add_argument(
+        "--tag", default="default", help="the environment inside, made by `actbox build`; with docker, an image"
+    )
+    parser.add_argument(
+        "--engine", default="auto", help="what builds the sandbox: bubblewrap, docker, auto (default: auto)"
+    )
+    parser.add_argument("--runtime", metavar="NAME", help="a runtime of the Docker engine's, such as runsc for gVisor")
 
 
 def _seconds(text: str) -> float:
@@ -266,6 +287,7 @@ async def _session(
                     env=env,
                     workspace_path=arguments.workspace,
                     engine=arguments.engine,
+                    runtime=arguments.runtime,
                     # The one session is there before anything could be loaded for it.
                     preload=(),
                 )
@@ -442,6 +464,19 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     def tell(line: str) -> None:
         console.write_now("stderr", f"{one_line(line)}\n")
 
+    if _engine_of(arguments) == "docker":
+        if arguments.python is not None:
+            raise InvalidArgument("--python", arguments.python, "an image's Python is that of its --base")
+
+        async def command(_signals: Signals) -> int:
+            await build_image(arguments.tag, arguments.packages, arguments.requirements, arguments.base, tell)
+            return ExitCode.FINISHED
+
+        asyncio.run(Signals.run(command))
+        console.say_now(f"the image {arguments.tag} is ready: actbox run --engine docker --tag {arguments.tag} ...")
+        return ExitCode.FINISHED
+    if arguments.base is not None:
+        raise InvalidArgument("--base", arguments.base, "only --engine docker builds on an image")
     # By an exception, so that a half-made environment is removed.
     before = signal.signal(signal.SIGTERM, leave)
     try:
@@ -452,10 +487,16 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     return ExitCode.FINISHED
 
 
+def _engine_of(arguments: argparse.Namespace) -> str:
+    """The engine that is meant to use what is built; environments are for "auto" too."""
+    named: str = arguments.engine
+    return os.environ.get("ACTBOX_ENGINE", "") if named == "auto" else named
+
+
 def _doctor(arguments: argparse.Namespace, console: Console) -> int:
     async def command(_signals: Signals) -> int:
         with console.waiting("examining this machine") as show:
-            layers = await examine(arguments.engine, arguments.tag, show)
+            layers = await examine(arguments.engine, arguments.tag, show, runtime=arguments.runtime)
         missing = [layer for layer in layers if layer.state == "missing"]
         facts = {"actbox": __version__, "python": platform.python_version(), "kernel": _kernel()}
         if arguments.json:
@@ -469,6 +510,50 @@ def _doctor(arguments: argparse.Namespace, console: Console) -> int:
         return ExitCode.UNAVAILABLE if missing else ExitCode.FINISHED
 
     return asyncio.run(Signals.run(command))
+
+
+# -- ps and prune ----------------------------------------------------------------------------------------------------
+
+
+def _ps(arguments: argparse.Namespace, console: Console) -> int:
+    async def command(_signals: Signals) -> int:
+        await _list(await list_containers(), arguments, console)
+        return ExitCode.FINISHED
+
+    return asyncio.run(Signals.run(command))
+
+
+def _prune(arguments: argparse.Namespace, console: Console) -> int:
+    async def command(_signals: Signals) -> int:
+        await _list(await prune_containers(), arguments, console, done="removed")
+        return ExitCode.FINISHED
+
+    return asyncio.run(Signals.run(command))
+
+
+async def _list(
+    containers: list[ContainerInfo], arguments: argparse.Namespace, console: Console, done: str | None = None
+) -> None:
+    if arguments.json:
+        await console.write("stdout", _as_json({"containers": [asdict(container) for container in containers]}))
+        return
+    rows = [("CONTAINER", "STATE", "AGE", "PROCESS", "IMAGE")]
+    for found in containers:
+        owner = {"alive": f"{found.pid}", "dead": f"{found.pid} (ended)"}.get(found.owner, f"{found.pid} (elsewhere)")
+        state = done or found.state
+        rows.append((found.id[:12], one_line(state), _age(found.age), owner, one_line(found.tag)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if done is None and any(found.owner == "dead" for found in containers):
+        console.say_now("some were left behind: `actbox prune` removes them, and so does the next start")
+    await console.write("stdout", "\n".join(lines) + "\n")
+
+
+def _age(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
 
 
 def _kernel() -> str:

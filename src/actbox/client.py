@@ -1,4 +1,4 @@
-"""`ExecutionClient`: the host's handle on one kernel. Requests out, events in, one cell at a time."""
+"""`ExecutionClient`: the host's handle on one kernel. Requests out, events in, one cell or transfer at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from actbox import sessions
 from actbox.errors import (
@@ -30,11 +30,14 @@ from actbox.events import (
 from actbox.execution import Execution, check_timeout
 from actbox.protocol import frames, messages
 from actbox.shielded import finish
+from actbox.transfer import FileTransfers
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
     from types import TracebackType
 
+    from actbox.execution import Transfer
     from actbox.result import ExecutionResult
     from actbox.sessions import Exit, Session
 
@@ -55,11 +58,11 @@ class _Stop:
     timer: asyncio.TimerHandle | None = None
 
 
-class ExecutionClient:
+class ExecutionClient(FileTransfers):
     """A stateful IPython session in a running container: made on entering the context, destroyed on leaving it.
 
-    Cells run in the order in which they were submitted. One client belongs to one event loop; its methods may be
-    called by any number of that loop's tasks.
+    Cells and transfers of files run in the order in which they were submitted. One client belongs to one event loop;
+    its methods may be called by any number of that loop's tasks.
 
     Args:
         port: the container's `port`.
@@ -161,9 +164,20 @@ class ExecutionClient:
             raise InvalidArgument("code", code, "pass the cell's source as a string")
         if len(code) > _MAX_CODE:
             raise InvalidArgument("code", f"{len(code)} characters", f"a cell has at most {_MAX_CODE} characters")
+        self.check_connected()
+        return self._enqueue(Execution(self, code, self.keep_image))
+
+    def check_connected(self) -> None:
+        """See `FileTransfers`."""
         if not self._connected:
             raise StateError("this client is not connected: use `async with`, or await connect()")
-        execution = Execution(self, code, self.keep_image)
+
+    def submit_transfer(self, transfer: Transfer) -> Execution:
+        """See `FileTransfers`."""
+        self.check_connected()
+        return self._enqueue(Execution(self, "", self.keep_image, transfer))
+
+    def _enqueue(self, execution: Execution) -> Execution:
         self._queue.append(execution)
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run_queue())
@@ -227,7 +241,9 @@ class ExecutionClient:
             if stop is not None:
                 return _not_started(stop)
             execution.begin(session.limits, restarted=self._lost_state)
-            self._lost_state = False
+            if execution.transfer is None:
+                # A cell's result says that the state was lost. A transfer has none: the next cell's will say it.
+                self._lost_state = False
             self._cell += 1
             self._running_cell = self._cell
             outcome = await self._run_in(execution, session, self._cell)
@@ -251,15 +267,25 @@ class ExecutionClient:
 
     async def _run_in(self, execution: Execution, session: Session, cell: int) -> Outcome | None:
         """Send the cell and follow it to its end; None if the kernel was gone before it began."""
+        sending: asyncio.Task[None] | None = None
         try:
-            code = execution.code.encode("utf-8", "surrogatepass")
-            await session.send({"type": "execute", "id": cell}, code)
+            if execution.transfer is None:
+                code = execution.code.encode("utf-8", "surrogatepass")
+                await session.send({"type": "execute", "id": cell}, code)
+            else:
+                await session.send({**execution.transfer.request, "id": cell})
+                # Beside the reading: the kernel may end an upload before all of it was sent.
+                sending = asyncio.create_task(execution.send_archive(_numbered(session, cell)))
             while (frame := await session.receive()) is not None:
                 message = messages.decode(frame)
                 match message:
-                    case messages.Reply(number, status, count) if number == cell:
+                    case messages.Reply(number, status, count, left_out) if number == cell:
+                        if execution.transfer is not None and left_out:
+                            execution.transfer.left_out = left_out
                         return self._ending(execution, status, count)
-                    case messages.Reply() | messages.Ready() | messages.SetupFailed():
+                    case messages.Archive(number, data) if number == cell:
+                        await execution.take_archive(data)
+                    case messages.Reply() | messages.Ready() | messages.SetupFailed() | messages.Archive():
                         raise ProtocolError(f"the kernel sent a {type(message).__name__} out of turn")
                     case _:
                         await execution.take(message)
@@ -269,6 +295,10 @@ class ExecutionClient:
         except (OSError, frames.FrameError):
             # The stream ended while it was written to.
             pass
+        finally:
+            if sending is not None:
+                sending.cancel()
+                await asyncio.wait([sending])
         return await self._after_end(execution, session, cell)
 
     def _ending(self, execution: Execution, status: str, count: int) -> Outcome:
@@ -331,6 +361,15 @@ class ExecutionClient:
         if session is not None and self._running_cell:
             session.interrupt(self._running_cell)
             stop.timer = asyncio.get_running_loop().call_later(self._grace, session.kill)
+
+
+def _numbered(session: Session, cell: int) -> Callable[[dict[str, Any], bytes], Awaitable[None]]:
+    """Sends frames that belong to this cell."""
+
+    async def send(header: dict[str, Any], payload: bytes) -> None:
+        await session.send({**header, "id": cell}, payload)
+
+    return send
 
 
 def _violation(what: str) -> Lost:

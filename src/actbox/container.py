@@ -51,24 +51,32 @@ class ExecutionContainer:
     """A sandbox that holds any number of sessions, each isolated from the host and from the others.
 
     Args:
-        tag: the environment inside: "default" is the one actbox is installed in; others are made by `actbox build`.
+        tag: the environment inside. With bubblewrap, "default" is the one actbox is installed in, others are made by
+            `actbox build`. With Docker it is the name of any image with Python >= 3.10 and IPython, pulled when it is
+            missing; "default" is built at its first use.
         binds: host folders shown inside, as {host path: path below /app}; made when missing, writable unless listed
             in `readonly`. A session without a key sees all of them.
         env: variables of every session's `os.environ`. Nothing else of the host's environment gets in.
         port: TCP port on 127.0.0.1 where other processes reach this container with its `token`; None for a free one.
         show_pull_progress: say on standard error what is being waited for, when starting takes long.
-        engine: "auto" or "bubblewrap".
+        engine: "bubblewrap", "docker", or "auto": `ACTBOX_ENGINE` if that is set, else bubblewrap where its boundary
+            stands, else Docker.
         limits: bounds on each session.
         network: None, the only value: there is no network inside.
         preload: modules imported once, before sessions are forked; None for numpy, pandas and matplotlib as far as
             the environment has them. A module's threads and open files do not survive the fork.
         readonly: targets of `binds` that may not be written inside.
+        runtime: which of a Docker engine's runtimes runs the container, such as "runsc" for gVisor; None for its own
+            choice.
+        separate: give every session a boundary of its own, not only namespaces of its own within this one. It then
+            takes as long to open as a container to start.
 
     Raises:
         InvalidArgument: an argument that cannot be used; nothing was started.
 
     State: `_boundary` and `_supervision`, from `run` to `kill` (in a container of separate sandboxes there is none);
-    `_gateway`; `_sessions`, the open ones; `_separate`, why every session gets a sandbox of its own, if so.
+    `_gateway`; `_sessions`, the open ones; `_refusal`, why every session gets a boundary of its own, if nobody asked
+    for that; `_engines`, those that may still be tried, one once it stands.
     """
 
     def __init__(
@@ -84,12 +92,15 @@ class ExecutionContainer:
         network: None = None,
         preload: Collection[str] | None = None,
         readonly: Collection[str] = (),
+        runtime: str | None = None,
+        separate: bool = False,
     ) -> None:
         if network is not None:
             raise InvalidArgument("network", network, "sessions have no network; pass None")
         if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16):
             raise InvalidArgument("port", port, "pass a TCP port from 1 to 65535, or None for a free one")
-        self._engine: Engine = engines.select(engine)
+        self._engines: tuple[Engine, ...] = engines.candidates(engine, runtime)
+        self._separate_asked = bool(separate)
         self._preload_chosen = preload is not None
         self._spec = ContainerSpec(
             tag=tag,
@@ -97,6 +108,7 @@ class ExecutionContainer:
             env=dict(env or {}),
             limits=limits or Limits(),
             preload=tuple(DEFAULT_PRELOAD if preload is None else preload),
+            runtime=runtime,
         )
         self._asked_port = port
         self._show_progress = show_pull_progress
@@ -105,7 +117,7 @@ class ExecutionContainer:
         self._supervision: Supervision | None = None
         self._gateway: Gateway | None = None
         self._sessions: set[_LocalSession] = set()
-        self._separate: NestingRefused | None = None
+        self._refusal: NestingRefused | None = None
         self._state = "new"
 
     def _make_binds(self, binds: Mapping[str, str] | None, readonly: Collection[str]) -> tuple[Bind, ...]:
@@ -143,25 +155,41 @@ class ExecutionContainer:
         return self._spec.limits
 
     @property
+    def engine(self) -> str:
+        """The engine in force.
+
+        Raises:
+            StateError: "auto" is only decided when the container runs.
+        """
+        if len(self._engines) > 1:
+            raise StateError(f"this container is {self._state}: its engine is not decided yet")
+        return next(engine.name for engine in self._engines)
+
+    @property
     def isolation(self) -> str:
         """How sessions are kept apart.
 
-        "nested namespaces", or "one sandbox per session" where the machine does not let a sandbox hold others: then
-        each session starts a sandbox of its own, in about the time of a container start.
+        "nested namespaces", or "one sandbox per session" if that was asked for, or the machine does not let a sandbox
+        hold others: then each session starts a sandbox of its own, in about the time of a container start.
         """
-        return "one sandbox per session" if self._separate else "nested namespaces"
+        return "one sandbox per session" if self._is_separate else "nested namespaces"
 
     @property
     def nesting_refusal(self) -> str | None:
-        """What the machine refused, where every session gets a sandbox of its own; else None."""
-        return str(self._separate) if self._separate else None
+        """What the machine refused, where every session gets a sandbox of its own without being asked; else None."""
+        return str(self._refusal) if self._refusal else None
+
+    @property
+    def _is_separate(self) -> bool:
+        return self._separate_asked or self._refusal is not None
 
     async def run(self) -> None:
         """Start the container.
 
         Raises:
             SandboxUnavailable: the boundary cannot be built here; names the missing layer. Nothing was run.
-            EnvironmentNotFound: nobody built this tag.
+            EnvironmentNotFound: nobody built this tag, and no registry has it.
+            EnvironmentUnusable: the image lacks what a session needs; says what.
             PortInUse: the port asked for is taken.
             WorkspaceError: a bound folder cannot be used.
             StateError: it was started before.
@@ -246,8 +274,8 @@ class ExecutionContainer:
         if key is not None:
             check_key(key)
             await asyncio.to_thread(self.prepare_key, key)
-        if self._separate is not None:
-            boundary, supervision = await self._start_separate(key)
+        if self._is_separate:
+            boundary, supervision = await self._start_boundary(self._engines[0], nested=False, key=key)
         else:
             boundary, supervision = None, self._supervision
             if supervision is None:
@@ -280,54 +308,66 @@ class ExecutionContainer:
         }
 
     async def _start_supervisor(self) -> None:
-        preload = await asyncio.to_thread(self._choose_preload)
-        self._spec = ContainerSpec(self._spec.tag, self._spec.binds, self._spec.env, self._spec.limits, preload)
-        try:
-            self._boundary, self._supervision = await self._start_boundary(nested=True, key=None)
-        except NestingRefused as exc:
-            self._separate = exc
-            logger.warning(
-                "This machine does not let a sandbox hold others (%s): every session gets a sandbox of its own, "
-                "and starts more slowly.",
-                exc,
-            )
-            # What cannot be built for a session must be known now, not at its first cell.
-            boundary, supervision = await self._start_boundary(nested=False, key=None, probe=True)
-            supervision.stop()
-            await boundary.close()
+        """Start what stands first: the engines are tried in order."""
+        refused: list[SandboxUnavailable] = []
+        for engine in self._engines:
+            try:
+                await self._start_with(engine)
+            except SandboxUnavailable as exc:
+                refused.append(exc)
+            else:
+                self._engines = (engine,)
+                return
+        if len(refused) == 1:
+            raise refused[0]
+        reasons = "; ".join(
+            f"{engine.name}: {exc.layer}: {exc.detail}" for engine, exc in zip(self._engines, refused, strict=True)
+        )
+        remedies = " Or: ".join(exc.remedy for exc in refused)
+        raise SandboxUnavailable("engine", reasons, remedies) from refused[-1]
 
-    async def _start_separate(self, key: str | None) -> tuple[Boundary, Supervision]:
-        return await self._start_boundary(nested=False, key=key)
+    async def _start_with(self, engine: Engine) -> None:
+        if not self._separate_asked:
+            try:
+                self._boundary, self._supervision = await self._start_boundary(engine, nested=True, key=None)
+            except NestingRefused as exc:
+                self._refusal = exc
+                logger.warning(
+                    "This machine does not let a sandbox hold others (%s): every session gets a sandbox of its own, "
+                    "and starts more slowly.",
+                    exc,
+                )
+            else:
+                return
+        # What cannot be built for a session must be known now, not at its first cell.
+        boundary, supervision = await self._start_boundary(engine, nested=False, key=None, probe=True)
+        supervision.stop()
+        await boundary.close()
 
     async def _start_boundary(
-        self, *, nested: bool, key: str | None, probe: bool = False
+        self, engine: Engine, *, nested: bool, key: str | None, probe: bool = False
     ) -> tuple[Boundary, Supervision]:
         progress: Callable[[str], None] = _say if self._show_progress else logger.info
-        boundary = await self._engine.start(self._spec, nested=nested, key=key, progress=progress)
+        boundary = await engine.start(self._spec, nested=nested, key=key, progress=progress)
         supervision = Supervision(boundary, self._supervisor_gone if nested else _nothing)
         binds = [
             {"target": str(bind.target), "readonly": bind.readonly, "per_key": bind.per_key}
             for bind in self._spec.binds
         ]
         try:
-            await supervision.start(binds, () if probe else self._spec.preload)
+            await supervision.start(binds, () if probe else self._spec.preload, demanded=self._preload_chosen)
         except ConnectionError as exc:
             supervision.stop()
-            complaint = boundary.complaint()
+            explanation = boundary.explanation()
             await boundary.close()
-            if complaint:
-                raise engines.explain(complaint) from exc
+            if explanation is not None:
+                raise explanation from exc
             raise SandboxUnavailable("supervisor", str(exc), "Run `actbox doctor`.") from exc
         except BaseException:
             supervision.stop()
             await boundary.close()
             raise
         return boundary, supervision
-
-    def _choose_preload(self) -> tuple[str, ...]:
-        if self._preload_chosen:
-            return self._spec.preload
-        return engines.available(self._spec.tag, self._spec.preload)
 
     def _supervisor_gone(self) -> None:
         """The sandbox ended by itself: every session is lost, and no new one can be had."""

@@ -37,6 +37,7 @@ with open("/proc/self/uid_map") as file:
 with open("/proc/net/dev") as file:
     interfaces = file.read().splitlines()[2:]
 facts = {
+    "uid": str(os.getuid()),
     "caps": max(status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")),
     "nnp": status["NoNewPrivs"],
     "seccomp": status["Seccomp"] + "/" + status.get("Seccomp_filters", "?"),
@@ -53,7 +54,11 @@ for name, value in facts.items():
 
 
 async def examine(
-    engine: str = "auto", tag: str = "default", progress: Callable[[str], None] | None = None
+    engine: str = "auto",
+    tag: str = "default",
+    progress: Callable[[str], None] | None = None,
+    *,
+    runtime: str | None = None,
 ) -> list[Layer]:
     """The layers of the boundary on this machine, by building a container and looking from inside a session.
 
@@ -61,9 +66,11 @@ async def examine(
         engine: as of `ExecutionContainer`.
         tag: the environment to run in.
         progress: told in a line what is being tried.
+        runtime: as of `ExecutionContainer`.
 
     Returns:
-        What was found, in the order in which it is needed; the first "missing" one explains why there are no more.
+        What was found, in the order in which it is needed; the first "missing" one explains why there are no more. Of
+        "auto", what the engine lacks that is tried first is told as "weaker" if another one was tried after it.
 
     Raises:
         InvalidArgument: there is no such engine.
@@ -73,13 +80,34 @@ async def examine(
         if progress is not None:
             progress(line)
 
-    tell("looking at the engine")
-    layers = await engines.select(engine).examine()
-    if any(layer.state == "missing" for layer in layers):
-        return layers
-    tell("building a sandbox")
+    layers: list[Layer] = []
+    for candidate in engines.candidates(engine, runtime):
+        tell(f"looking at the engine {candidate.name}")
+        # What an engine lacks that another one stands in for is no reason to say that nothing can be had.
+        layers = [_stood_in_for(layer, candidate.name) for layer in layers]
+        found = await candidate.examine()
+        if not any(layer.state == "missing" for layer in found):
+            tell("building a sandbox")
+            found += await _look_inside(candidate.name, tag, runtime, tell)
+        layers += found
+        if not any(layer.state == "missing" for layer in found):
+            break
+    return layers
+
+
+def _stood_in_for(layer: Layer, name: str) -> Layer:
+    if layer.state != "missing":
+        return layer
+    return Layer(layer.name, "weaker", f"{layer.detail} (tried next: {name})", layer.remedy)
+
+
+async def _look_inside(name: str, tag: str, runtime: str | None, tell: Callable[[str], None]) -> list[Layer]:
+    """Build a container, and look around from inside a session."""
+    layers: list[Layer] = []
     try:
-        async with ExecutionContainer(tag, engine=engine, preload=(), show_pull_progress=False) as container:
+        async with ExecutionContainer(
+            tag, engine=name, preload=(), show_pull_progress=False, runtime=runtime
+        ) as container:
             layers.append(_nesting(container))
             tell("looking around from inside a session")
             async with ExecutionClient(container.port) as client:
@@ -100,7 +128,7 @@ def _nesting(container: ExecutionContainer) -> Layer:
         "sessions apart",
         "weaker",
         f"one sandbox per session, slower to start: {container.nesting_refusal}",
-        "Allow nested user namespaces; on Ubuntu an AppArmor profile for bwrap may forbid them.",
+        "Allow nested user namespaces; AppArmor profiles (Ubuntu's for bwrap, Docker's own) and gVisor do not.",
     )
 
 
@@ -108,13 +136,11 @@ def _judge(facts: dict[str, str], *, nested: bool) -> list[Layer]:
     def layer(name: str, detail: str, *, holds: bool) -> Layer:
         return Layer(name, "on" if holds else "missing", detail, "" if holds else "Report this: it should not happen.")
 
-    uid_map = facts.get("uid_map", "").split()
     return [
         layer(
             "unprivileged inside and outside",
-            f"uid map {' '.join(uid_map)}",
-            # Without nesting the map's second column is the engine's own intermediate namespace, not the host.
-            holds=bool(uid_map) and uid_map[0] != "0" and (uid_map[1] != "0" or not nested),
+            f"uid {facts.get('uid')}, map {facts.get('uid_map')}",
+            holds=_is_nobody(facts, nested=nested),
         ),
         layer("no capabilities", facts.get("caps", "?"), holds=facts.get("caps", "?").strip("0") == ""),
         layer("no new privileges", facts.get("nnp", "?"), holds=facts.get("nnp") == "1"),
@@ -123,7 +149,9 @@ def _judge(facts: dict[str, str], *, nested: bool) -> list[Layer]:
             f"mode/filters {facts.get('seccomp')}; vsock: {facts.get('vsock')}",
             holds=facts.get("seccomp", "").startswith("2") and facts.get("vsock") != "allowed",
         ),
-        layer("own /proc", f"{facts.get('processes')} processes visible", holds=facts.get("processes") in ("2", "3")),
+        layer(
+            "own /proc", f"{facts.get('processes')} processes visible", holds=facts.get("processes") in ("2", "3", "4")
+        ),
         layer("no network", f"interfaces: {facts.get('interfaces')}", holds=facts.get("interfaces") == "lo"),
         layer(
             "read-only root and /dev",
@@ -131,3 +159,15 @@ def _judge(facts: dict[str, str], *, nested: bool) -> list[Layer]:
             holds="allowed" not in (facts.get("write_root"), facts.get("write_dev")),
         ),
     ]
+
+
+def _is_nobody(facts: dict[str, str], *, nested: bool) -> bool:
+    """Whether a session's user is not root, neither inside nor, as far as can be told from there, outside."""
+    try:
+        uid = int(facts["uid"])
+        inside, outside, size = (int(part) for part in facts["uid_map"].split()[:3])
+    except (KeyError, ValueError):
+        return False
+    # Without nesting, a map of one user is the engine's own: what lies outside it cannot be seen.
+    hidden = not nested and size == 1
+    return (uid != 0 or hidden) and (outside + uid - inside != 0 or hidden)

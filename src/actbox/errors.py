@@ -8,21 +8,26 @@
     │   └── DotenvError                       a .env file that is missing or malformed
     ├── StateError (RuntimeError)             used before start, after close, or twice
     ├── WorkspaceError (OSError)              a workspace path that is unusable or unsafe
+    ├── LocalPathError (OSError)              a file or folder on the host that cannot be transferred, or written
+    │   └── LocalPathMissing (FileNotFoundError)
     ├── SandboxUnavailable                    the machine cannot build the boundary: names the layer
     ├── EnvironmentNotFound                   a tag that nobody built
+    ├── EnvironmentUnusable                   an image in which no session can run: says what it lacks
     ├── EnvironmentBuildError                 `actbox build` failed
     ├── PortInUse (OSError)                   the TCP port asked for is taken
     ├── ConnectionError (ConnectionError)     no session could be had, or the link to it is gone
     │   └── ExecutionLost                     the container is gone; unknown whether the cell ran
     ├── ProtocolError                         the guest broke the rules of the wire
+    ├── TransferRefused                       a path inside, or what came from it, that cannot be transferred
     ├── ExecutionTimeout (TimeoutError)       a cell outlived its time; says whether the state was kept
     └── ExecutionError                        the cell ended badly
         ├── ExecutionInterrupted              `interrupt()` or a cancelled task stopped it
         └── KernelDied                        the kernel process ended: signal or exit code
 
 Whose fault it is can be read from the branch: the caller's (`InvalidArgument`, `StateError`, `WorkspaceError`,
-`EnvironmentNotFound`, `PortInUse`), the machine's (`SandboxUnavailable`, `EnvironmentBuildError`, `ConnectionError`),
-the guest's (`ProtocolError`, `ExecutionTimeout`, `ExecutionError`). Facts are fields, prose is `str()`.
+`LocalPathError`, `EnvironmentNotFound`, `EnvironmentUnusable`, `PortInUse`), the machine's (`SandboxUnavailable`,
+`EnvironmentBuildError`, `ConnectionError`), the guest's (`ProtocolError`, `TransferRefused`, `ExecutionTimeout`,
+`ExecutionError`). Facts are fields, prose is `str()`.
 
 This module imports nothing of actbox.
 """
@@ -42,6 +47,7 @@ __all__ = [
     "DotenvError",
     "EnvironmentBuildError",
     "EnvironmentNotFound",
+    "EnvironmentUnusable",
     "ExecutionError",
     "ExecutionInterrupted",
     "ExecutionLost",
@@ -49,10 +55,13 @@ __all__ = [
     "InvalidArgument",
     "InvalidKey",
     "KernelDied",
+    "LocalPathError",
+    "LocalPathMissing",
     "PortInUse",
     "ProtocolError",
     "SandboxUnavailable",
     "StateError",
+    "TransferRefused",
     "WorkspaceError",
 ]
 
@@ -105,6 +114,22 @@ class WorkspaceError(ActboxError, OSError):
         super().__init__(f"{shown(str(path))}: {problem}")
 
 
+class LocalPathError(ActboxError, OSError):
+    """A path on the host that a transfer cannot read or write: `path`, and `problem` with what to do about it."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path = path
+        self.problem = problem
+        super().__init__(f"{shown(str(path))}: {problem}")
+
+
+class LocalPathMissing(LocalPathError, FileNotFoundError):
+    """The file or folder to be uploaded is not there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "it does not exist; pass the path of what is to be uploaded")
+
+
 class SandboxUnavailable(ActboxError):
     """The boundary cannot be built on this machine. Nothing was run.
 
@@ -128,6 +153,18 @@ class EnvironmentNotFound(ActboxError):
         super().__init__(
             f"no environment is tagged {shown(tag)} (known: {', '.join(known)}); "
             f"make it with: actbox build -t {tag} [-r requirements.txt | PACKAGE...]"
+        )
+
+
+class EnvironmentUnusable(ActboxError):
+    """An image that is there, but in which no session can run; `detail` says what it lacks."""
+
+    def __init__(self, tag: str, detail: str) -> None:
+        self.tag = tag
+        self.detail = detail
+        super().__init__(
+            f"no session can run in the image {shown(tag)}: {detail}. Build one on it: "
+            f"actbox build -t NAME --engine docker --base {tag} [-r requirements.txt | PACKAGE...]"
         )
 
 
@@ -167,15 +204,37 @@ class ProtocolError(ActboxError):
     """The guest sent something outside the wire's rules. Its session was ended; no other is touched."""
 
 
+class TransferRefused(ActboxError):
+    """A file or folder inside cannot be transferred; the session goes on, its variables as they were.
+
+    `path` is the path inside as it was given, `reason` why: it is missing, a symbolic link, no regular file, not
+    permitted, larger than allowed, or what came from there was no plain archive. The reason may quote the guest.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"{shown(path)} was not transferred: {reason}")
+
+
 class ExecutionTimeout(ActboxError, builtins.TimeoutError):
-    """A cell did not end in time.
+    """A cell, or a transfer (then `what` says so), did not end in time.
 
     `timeout` is the time allowed in seconds; `state_kept` is True if an interrupt ended the cell (or it had not begun)
     and the session goes on, False if the kernel had to be killed; `text` is the output until then.
     """
 
-    def __init__(self, timeout: float, *, state_kept: bool, text: str | None = None, started: bool = True) -> None:
+    def __init__(
+        self,
+        timeout: float,
+        *,
+        state_kept: bool,
+        text: str | None = None,
+        started: bool = True,
+        what: str = "cell",
+    ) -> None:
         self.timeout = timeout
+        self.what = what
         self.state_kept = state_kept
         self.started = started
         self.text = text
@@ -185,7 +244,7 @@ class ExecutionTimeout(ActboxError, builtins.TimeoutError):
             fate = "it was interrupted; the session's state is kept"
         else:
             fate = "it ignored the interrupt, so the kernel was killed; the session's state is lost"
-        super().__init__(f"the cell did not end within {timeout:g} s: {fate}")
+        super().__init__(f"the {what} did not end within {timeout:g} s: {fate}")
 
 
 class ExecutionError(ActboxError):
@@ -225,10 +284,12 @@ class ExecutionInterrupted(ExecutionError):
     `state_kept` is False when the cell ignored the interrupt and the kernel had to be killed.
     """
 
-    def __init__(self, *, state_kept: bool, trace: str | None = None, text: str | None = None) -> None:
+    def __init__(
+        self, *, state_kept: bool, trace: str | None = None, text: str | None = None, what: str = "cell"
+    ) -> None:
         self.state_kept = state_kept
         fate = "the session's state is kept" if state_kept else "the kernel had to be killed; its state is lost"
-        super().__init__(f"the cell was interrupted: {fate}", trace, name="KeyboardInterrupt", value="", text=text)
+        super().__init__(f"the {what} was interrupted: {fate}", trace, name="KeyboardInterrupt", value="", text=text)
 
 
 class KernelDied(ExecutionError):

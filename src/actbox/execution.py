@@ -1,4 +1,4 @@
-"""One cell, seen by who asked for it: many events, exactly one outcome.
+"""One cell or transfer, seen by who asked for it: many events, exactly one outcome.
 
 Everything that affects what a caller of `stream`, `events` or `result` sees lives here; how the cell is run, and ended
 when it will not end, is the client's affair.
@@ -11,7 +11,7 @@ import logging
 import math
 from collections import deque
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from actbox.errors import (
     ExecutionError,
@@ -65,19 +65,49 @@ class Stopper(Protocol):
         ...
 
 
+class Transfer(Protocol):
+    """What an execution moves between host and kernel instead of running code.
+
+    `failure` is what went wrong on this side, `left_out` the names of what an archive could not hold.
+    """
+
+    request: dict[str, Any]
+    failure: Exception | None
+    left_out: tuple[str, ...]
+
+    async def send(self, send: Callable[[dict[str, Any], bytes], Awaitable[None]]) -> None:
+        """Send what follows the request. Raises nothing but the built-in `ConnectionError`."""
+        ...
+
+    async def take(self, data: bytes) -> None:
+        """A piece of the archive that comes. Raises `ProtocolError` if none should."""
+        ...
+
+    def release(self) -> None:
+        """Send no more and keep no more: the transfer is being ended."""
+        ...
+
+
 class Execution:
-    """A cell that was submitted; made by `ExecutionClient.submit`.
+    """A cell that was submitted; made by `ExecutionClient.submit`. With `transfer` it is one of files, and has no code.
 
     Any number of tasks may await `result` at once. `stream` and `events` share one sequence of events: an event goes
     to one reader.
 
     State: `_fold` and `_images`, what is kept of the output; `_events`, what waits for a reader, with its size;
-    `_changed`, completed and renewed whenever a reader should look again; `_waiting`, completed at the end; `_outcome`,
-    set once.
+    `_moved`, whether anything of an archive has come; `_changed`, completed and renewed whenever a reader should look
+    again; `_waiting`, completed at the end; `_outcome`, set once.
     """
 
-    def __init__(self, client: Stopper, code: str, keep_image: Callable[[bytes, str], Path | None]) -> None:
+    def __init__(
+        self,
+        client: Stopper,
+        code: str,
+        keep_image: Callable[[bytes, str], Path | None],
+        transfer: Transfer | None = None,
+    ) -> None:
         self.code = code
+        self.transfer = transfer
         self._client = client
         self._keep_image = keep_image
         self._fold: Fold | None = None
@@ -96,6 +126,7 @@ class Execution:
         self._began = 0.0
         self._duration = 0.0
         self._at_line_start = True
+        self._moved = False
 
     def __repr__(self) -> str:
         state = "waiting" if self._fold is None else "running"
@@ -213,9 +244,31 @@ class Execution:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
+    async def send_archive(self, send: Callable[[dict[str, Any], bytes], Awaitable[None]]) -> None:
+        """Send what follows a transfer's request; the transfer is ended if that fails here."""
+        assert self.transfer is not None  # noqa: S101 - the client asks before
+        # A stream that has ended is noticed where it is read.
+        with suppress(OSError):
+            await self.transfer.send(send)
+        self._end_failed(self.transfer)
+
+    async def take_archive(self, data: bytes) -> None:
+        """A piece of a transfer's archive. Raises `ProtocolError` if it has none."""
+        if self.transfer is None:
+            raise ProtocolError("the kernel sent an archive that nobody asked for")
+        self._moved = True
+        await self.transfer.take(data)
+        self._end_failed(self.transfer)
+
+    def _end_failed(self, transfer: Transfer) -> None:
+        if transfer.failure is not None:
+            self._client.stop(self, "interrupt")
+
     def release(self) -> None:
         """Let the kernel's output through though the reader is slow: the cell is being ended."""
         self._released = True
+        if self.transfer is not None:
+            self.transfer.release()
         self._make_room()
 
     def end(self, outcome: Outcome) -> None:
@@ -232,7 +285,7 @@ class Execution:
     @property
     def has_output(self) -> bool:
         """Whether the kernel has sent anything of this cell."""
-        return self._fold is not None and self._fold.used
+        return self._moved or (self._fold is not None and self._fold.used)
 
     @property
     def fold(self) -> Fold | None:
@@ -320,6 +373,7 @@ class Execution:
 
     def _conclude(self) -> ExecutionResult:
         result = self.so_far()
+        what = "cell" if self.transfer is None else "transfer"
         match self._outcome:
             case Finished():
                 return result
@@ -334,9 +388,9 @@ class Execution:
                 )
             case Interrupted(state_kept, error):
                 trace = strip_ansi(error.traceback) if error else None
-                raise ExecutionInterrupted(state_kept=state_kept, trace=trace, text=result.text)
+                raise ExecutionInterrupted(state_kept=state_kept, trace=trace, text=result.text, what=what)
             case TimedOut(timeout, state_kept, started):
-                raise ExecutionTimeout(timeout, state_kept=state_kept, started=started, text=result.text)
+                raise ExecutionTimeout(timeout, state_kept=state_kept, started=started, text=result.text, what=what)
             case Died(signal, exit_code, reason, memory_limit):
                 raise KernelDied(
                     signal=signal, exit_code=exit_code, reason=reason, memory_limit=memory_limit, text=result.text
@@ -344,7 +398,7 @@ class Execution:
             case Lost(reason, violation):
                 if violation:
                     raise ProtocolError(reason)
-                raise ExecutionLost(f"{reason}: it is unknown whether the cell had its effects", text=result.text)
+                raise ExecutionLost(f"{reason}: it is unknown whether the {what} had its effects", text=result.text)
             case None:
                 raise AssertionError("concluded before its end")
 

@@ -65,6 +65,8 @@ class CodeExecutionContainer(ExecutionContainer):
         network: None = None,
         preload: Collection[str] | None = None,
         readonly: Collection[str] = (SHARED,),
+        runtime: str | None = None,
+        separate: bool = False,
     ) -> None:
         self._workspace = Workspace(workspace_path if workspace_path is not None else Path("workspace"))
         super().__init__(
@@ -78,6 +80,8 @@ class CodeExecutionContainer(ExecutionContainer):
             network=network,
             preload=preload,
             readonly=readonly,
+            runtime=runtime,
+            separate=separate,
         )
 
     def _make_binds(self, binds: Mapping[str, str] | None, readonly: Collection[str]) -> tuple[Bind, ...]:
@@ -172,7 +176,7 @@ class CodeExecutor(ExecutionClient):
         result = execution.so_far()
         metadata: dict[str, Any] = {
             "key": self._key,
-            "code": execution.code,
+            **_subject(execution),
             "outcome": type(execution.outcome).__name__,
             "seconds": round(result.duration, 4),
         }
@@ -185,7 +189,8 @@ class CodeExecutor(ExecutionClient):
             metadata["images"] = [str(image.path) for image in result.images]
         if execution.restarted:
             metadata["restarted"] = True
-        await self._logger.log(describe(execution.outcome), metadata)
+        what = "cell" if execution.transfer is None else "transfer"
+        await self._logger.log(describe(execution.outcome, what), metadata)
 
 
 @dataclass
@@ -210,6 +215,8 @@ async def execution_environment(
     network: None = None,
     preload: Collection[str] | None = None,
     readonly: Collection[str] = (SHARED,),
+    runtime: str | None = None,
+    separate: bool = False,
 ) -> AsyncGenerator[CodeExecutionEnvironment]:
     """A container, an executor and a logger, in one context.
 
@@ -226,6 +233,8 @@ async def execution_environment(
         network: see there.
         preload: see there.
         readonly: see there.
+        runtime: see there.
+        separate: see there.
     """
     env = dotenv_variables() if env_vars is None else env_vars
     async with (
@@ -239,23 +248,32 @@ async def execution_environment(
             network=network,
             preload=preload,
             readonly=readonly,
+            runtime=runtime,
+            separate=separate,
         ) as container,
         CodeExecutor(executor_key, container.workspace, container.port, logger=logger) as executor,
     ):
         yield CodeExecutionEnvironment(container, executor, logger)
 
 
-def describe(outcome: Outcome) -> str:
+def _subject(execution: Execution) -> dict[str, Any]:
+    """What an execution was about, for logs."""
+    if execution.transfer is None:
+        return {"code": execution.code}
+    return {name: value for name, value in execution.transfer.request.items() if name != "id"}
+
+
+def describe(outcome: Outcome, what: str = "cell") -> str:
     """An outcome in a few words, for logs."""
     match outcome:
         case Finished(count):
-            return f"cell {count} finished"
+            return f"{what} {count} finished" if what == "cell" else f"{what} finished"
         case Failed(error, count):
-            return f"cell {count} failed: {error.name}"
+            return f"{what} {count} failed: {error.name}" if what == "cell" else f"{what} failed"
         case Interrupted(state_kept):
-            return f"cell interrupted, state {'kept' if state_kept else 'lost'}"
+            return f"{what} interrupted, state {'kept' if state_kept else 'lost'}"
         case TimedOut(timeout, state_kept):
-            return f"cell timed out after {timeout:g} s, state {'kept' if state_kept else 'lost'}"
+            return f"{what} timed out after {timeout:g} s, state {'kept' if state_kept else 'lost'}"
         case Died():
             return "kernel died, state lost"
         case Lost():

@@ -144,12 +144,14 @@ class Gateway:
 
 
 async def _inward(link: Link, session: Session) -> None:
-    """What the client says: cells for the kernel, orders for us."""
+    """What the client says: cells and transfers for the kernel, orders for us."""
     while (frame := await link.receive()) is not None:
         header = frame.header
         match header:
-            case {"type": "execute"}:
-                await session.send(header, frame.payload)
+            case {"type": "execute" | "download" | "upload" | "delete" | "archive" | "archive_end"}:
+                # A kernel that died meanwhile is told of by the other direction.
+                with contextlib.suppress(OSError):
+                    await session.send(header, frame.payload)
             case {"type": "interrupt", "cell": int(cell)} if 0 < cell < _MAX_CELL:
                 session.interrupt(cell)
             case {"type": "kill"}:

@@ -19,6 +19,9 @@ APP = PurePosixPath("/app")
 # One component of a path that may become a folder on any file system that hosts share.
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 _TAG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
+# What can name an image: host, port, path, tag and digest. The engine knows the finer grammar.
+_REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:-]{0,254}", re.ASCII)
+_RUNTIME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}", re.ASCII)
 _ENV_NAME = re.compile(r"[^=\0]+")
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*", re.ASCII)
 _RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{name}{n}" for name in ("COM", "LPT") for n in range(1, 10))}
@@ -78,16 +81,23 @@ class Bind:
 
 @dataclass(frozen=True, slots=True)
 class ContainerSpec:
-    """One container: what runs (`tag`), what is shown (`binds`), what sessions find in `os.environ` (`env`)."""
+    """One container.
+
+    What runs (`tag`, and by which of a Docker engine's runtimes), what is shown (`binds`), what sessions find in
+    `os.environ` (`env`).
+    """
 
     tag: str = DEFAULT_TAG
     binds: tuple[Bind, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     limits: Limits = field(default_factory=Limits)
     preload: tuple[str, ...] = ()
+    runtime: str | None = None
 
     def __post_init__(self) -> None:
-        check_tag(self.tag)
+        check_reference(self.tag)
+        if self.runtime is not None and not _RUNTIME.fullmatch(self.runtime):
+            raise InvalidArgument("runtime", self.runtime, "pass the name of a runtime of the engine, such as 'runsc'")
         for bind in self.binds:
             if not bind.target.is_relative_to(APP) or bind.target == APP or ".." in bind.target.parts:
                 raise InvalidArgument("binds", str(bind.target), "a bind's target is a path below /app")
@@ -131,6 +141,17 @@ def check_tag(tag: object) -> str:
     """
     if not isinstance(tag, str) or not _TAG.fullmatch(tag):
         raise InvalidArgument("tag", tag, "a tag is 1 to 64 of a-z, 0-9, '.', '_', '-', and starts with a-z or 0-9")
+    return tag
+
+
+def check_reference(tag: object) -> str:
+    """The tag itself, if it can name an environment or an image.
+
+    Raises:
+        InvalidArgument: it is not a string, or outside the grammar.
+    """
+    if not isinstance(tag, str) or not _REFERENCE.fullmatch(tag):
+        raise InvalidArgument("tag", tag, "pass the tag of an environment, or the name of an image for engine='docker'")
     return tag
 
 

@@ -55,8 +55,13 @@ class Supervision:
         self._warmed = asyncio.Event()
         self.preload_errors: dict[str, str] = {}
 
-    async def start(self, binds: list[dict[str, Any]], preload: tuple[str, ...]) -> None:
+    async def start(self, binds: list[dict[str, Any]], preload: tuple[str, ...], *, demanded: bool = True) -> None:
         """Tell the supervisor its layout, and wait until it can take sessions.
+
+        Args:
+            binds: the container's folders, each `{"target", "readonly", "per_key"}`.
+            preload: modules to be imported ahead.
+            demanded: whether one that is not installed is worth a word.
 
         Raises:
             NestingRefused: it cannot isolate sessions from each other.
@@ -67,6 +72,7 @@ class Supervision:
         message = {
             "binds": binds,
             "preload": list(preload),
+            "demanded": demanded,
             "nested": layout.nested,
             "guest_path": layout.guest_path,
             "extra_path": list(layout.extra_path),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from actbox.errors import SandboxUnavailable
     from actbox.spec import ContainerSpec
 
 
@@ -54,8 +55,8 @@ class Boundary(ABC):
     layout: Layout
 
     @abstractmethod
-    def complaint(self) -> str:
-        """What the boundary's processes wrote to their standard error so far; for error messages."""
+    def explanation(self) -> SandboxUnavailable | None:
+        """Why it ended by itself before it was ready, as far as its processes said so on their standard error."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -81,7 +82,8 @@ class Engine(ABC):
 
         Raises:
             SandboxUnavailable: a layer is missing.
-            EnvironmentNotFound: nobody built `spec.tag`.
+            EnvironmentNotFound: nobody built `spec.tag`, and it cannot be pulled.
+            EnvironmentUnusable: no session can run in it.
         """
 
     @abstractmethod

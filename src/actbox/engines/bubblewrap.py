@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from actbox.engines import environments, launcher, plan, stage
 from actbox.engines.base import Boundary, Engine, Layer, Layout
+from actbox.engines.folders import hold_folders
 from actbox.errors import SandboxUnavailable
 from actbox.shielded import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Iterator
 
     from actbox.engines.environments import Environment
     from actbox.spec import ContainerSpec
@@ -75,7 +76,7 @@ class BubblewrapEngine(Engine):
         facts = await asyncio.to_thread(_prepare, environment, bwrap, progress)
         made = plan.make_plan(facts, spec, nested=nested, key=key)
         seeds = ((f"{plan.WARM}/matplotlib", plan.MATPLOTLIB),) if facts.warm is not None else ()
-        with _hold_folders(made) as folders:
+        with hold_folders(made.folders) as folders:
             layout = Layout(plan.GUEST, made.extra_path, seeds, folders, nested)
             return await self._launch(bwrap, made, layout)
 
@@ -141,9 +142,10 @@ class _BubblewrapBoundary(Boundary):
             os.close(self._ending)
             self._ending = None
 
-    def complaint(self) -> str:
-        """See `Boundary.complaint`."""
-        return _read_output(self._output) if self._output >= 0 else ""
+    def explanation(self) -> SandboxUnavailable | None:
+        """See `Boundary.explanation`."""
+        said = _read_output(self._output) if self._output >= 0 else ""
+        return explain(said) if said else None
 
     async def close(self) -> None:
         """See `Boundary.close`."""
@@ -316,27 +318,6 @@ def _sweep(store: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - draft.stat().st_mtime > 2 * _WARM_SECONDS:
                 shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _hold_folders(made: plan.Plan) -> Generator[tuple[tuple[str, int, int], ...]]:
-    """What the bound folders are, by device and inode; held open so that no number can come to mean another.
-
-    Raises:
-        SandboxUnavailable: one is missing, no folder, or a symbolic link.
-    """
-    with contextlib.ExitStack() as opened:
-        found: list[tuple[str, int, int]] = []
-        for place, source in made.folders:
-            try:
-                fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except OSError as exc:
-                remedy = "Keep the container's folders in place while it starts; none may be a symbolic link."
-                raise SandboxUnavailable("folders", str(exc), remedy) from exc
-            opened.callback(os.close, fd)
-            status = os.fstat(fd)
-            found.append((place, status.st_dev, status.st_ino))
-        yield tuple(found)
 
 
 # -- starting and ending ---------------------------------------------------------------------------------------------

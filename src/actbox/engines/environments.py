@@ -221,6 +221,36 @@ def build(
             _remove(draft)  # a failed draft, or the environment that was replaced
 
 
+def install_into(
+    folder: Path,
+    tag: str,
+    packages: Sequence[str],
+    requirements: Path | None,
+    *,
+    version: tuple[int, int],
+    platform: str,
+    progress: Callable[[str], None],
+) -> None:
+    """Install IPython and what is asked for into a plain folder, for a Python that may be another machine's.
+
+    Args:
+        folder: where the packages go; `bin` below it gets their scripts.
+        tag: for messages.
+        packages: as of `build`.
+        requirements: as of `build`.
+        version: major and minor of that Python.
+        platform: its platform in uv's words, such as "x86_64-manylinux_2_28".
+        progress: as of `build`.
+
+    Raises:
+        InvalidArgument: a package or requirements file that cannot be used.
+        EnvironmentBuildError: uv failed; `detail` holds its last lines.
+    """
+    wanted = _install_arguments(packages, requirements)
+    target = [f"--target={folder}", "--python-version={}.{}".format(*version), f"--python-platform={platform}"]
+    _uv(tag, ["pip", "install", "--link-mode=copy", *target, *wanted], folder, None, progress)
+
+
 def has_bytecode(environment: Environment) -> bool:
     """Whether the standard library and the big packages come with bytecode that this interpreter would use.
 
@@ -506,7 +536,7 @@ def _beside(store: Path, tag: str) -> Path:
     return store / f".{tag}~{secrets.token_hex(4)}"
 
 
-def _uv(tag: str, arguments: Sequence[str], draft: Path, lock: int, report: Callable[[str], None]) -> None:
+def _uv(tag: str, arguments: Sequence[str], draft: Path, lock: int | None, report: Callable[[str], None]) -> None:
     """Run uv to its end, each line of its stderr reported; on any exception it and its children are killed."""
     try:
         command = [find_uv_bin(), "--color=never", *arguments]
@@ -520,7 +550,7 @@ def _uv(tag: str, arguments: Sequence[str], draft: Path, lock: int, report: Call
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env={name: value for name, value in os.environ.items() if name not in _NOT_FOR_UV},
-            pass_fds=(lock,),
+            pass_fds=() if lock is None else (lock,),
             # A session of its own: Ctrl-C reaches us alone, who then kill all of it, and nothing in it (git, ssh) can
             # stop at a terminal to ask for a password.
             start_new_session=True,

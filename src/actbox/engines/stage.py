@@ -11,9 +11,12 @@ run as root covers parts of /proc, so that no fresh one can be mounted beneath. 
     whom to become; null to stay (then there are no mounts either).
 ``argv``
     what to execute.
+``stage``
+    for an engine whose daemon must see the mounts: a folder of root's to mount them below instead, in the namespace
+    that this process has. Then it ends: it becomes nobody and executes nothing. Who asked unmounts them (`detach`).
 
-It imports nothing of actbox, and leaves nothing behind: the mounts end with the namespace. If a step fails it prints
-one line, `actbox-stage: LAYER: DETAIL`, and exits with 96.
+It imports nothing of actbox. Without `stage` it leaves nothing behind: the mounts end with the namespace. If a step
+fails it prints one line, `actbox-stage: LAYER: DETAIL`, and exits with 96.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
 _OPEN_TREE_CLONE = 1
 _AT_SYMLINK_NOFOLLOW, _AT_EMPTY_PATH, _AT_RECURSIVE = 0x100, 0x1000, 0x8000
 _AT_FDCWD = -100
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOUNT_ATTR_IDMAP = 0x00100000
 
@@ -62,8 +66,8 @@ def _private_namespace() -> None:
     _check("staging area", _libc.mount(b"tmpfs", STAGE.encode(), b"tmpfs", ctypes.c_ulong(6), options))
 
 
-def _bind(source: str, target: str, owner: list[int] | None, user: tuple[int, int]) -> None:
-    place = f"{STAGE}/{target}"
+def _bind(stage: str, source: str, target: str, owner: list[int] | None, user: tuple[int, int]) -> None:
+    place = f"{stage}/{target}"
     os.makedirs(os.path.dirname(place), exist_ok=True)
     if stat.S_ISDIR(os.stat(source).st_mode):
         os.makedirs(place, exist_ok=True)
@@ -119,6 +123,11 @@ def _user_namespace(owner: list[int], user: tuple[int, int]) -> int:
             os.close(fd)
 
 
+def detach(place: str) -> None:
+    """Unmount what is mounted there, if anything is; what uses it goes on."""
+    _libc.umount2(place.encode(), ctypes.c_int(_MNT_DETACH | _UMOUNT_NOFOLLOW))
+
+
 def _become(uid: int, gid: int) -> None:
     try:
         os.setgroups([])
@@ -136,9 +145,13 @@ def main() -> None:
         work = json.load(file)
     try:
         if work["uid"] is not None:
-            _private_namespace()
+            own = work.get("stage") is None
+            if own:
+                _private_namespace()
             for source, target, owner in work["mounts"]:
-                _bind(source, target, owner, (work["uid"], work["gid"]))
+                _bind(STAGE if own else work["stage"], source, target, owner, (work["uid"], work["gid"]))
+            if not own:
+                return
             _become(work["uid"], work["gid"])
         os.execve(work["argv"][0], work["argv"], {})
     except _StageError as exc:

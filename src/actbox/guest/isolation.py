@@ -55,11 +55,14 @@ _SIOCGIFFLAGS = 0x8913
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 
+_RLIMIT_MSGQUEUE = 12
+
 UID = 1000
 NEW_ROOT = "/newroot"
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-# What the session makes anew rather than takes over from the supervisor's root.
-_OWN = {"proc", "dev", "tmp", "app", "newroot"}
+# What the session makes anew rather than takes over from the supervisor's root, or does without: an image's /sys tells
+# of the machine, and its /run holds what the container's engine has put there.
+_OWN = {"proc", "dev", "tmp", "app", "newroot", "sys", "run", "lost+found", ".dockerenv"}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -126,12 +129,19 @@ def build_root(binds: list[dict[str, Any]], key: str | None, limits: dict[str, i
 def _take_over(source: str, target: str) -> None:
     """Show one entry of the supervisor's root: links are copied, folders bound with all that is mounted in them.
 
-    The supervisor's mounts are read-only, and what a parent user namespace made read-only stays locked so.
+    The supervisor's mounts are read-only, and what a parent user namespace made read-only stays locked so. What is
+    neither folder, file nor link, an image has no use for.
     """
-    if stat.S_ISLNK(os.lstat(source).st_mode):
+    mode = os.lstat(source).st_mode
+    if stat.S_ISLNK(mode):
         os.symlink(os.readlink(source), target)
         return
-    os.mkdir(target)
+    if stat.S_ISDIR(mode):
+        os.mkdir(target)
+    elif stat.S_ISREG(mode):
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
+    else:
+        return
     _mount(f"bind {source}", source, target, None, MS_BIND | MS_REC, None)
 
 
@@ -216,11 +226,13 @@ def set_limits(limits: dict[str, int]) -> None:
         # What is mapped at the start (libraries shared with the other sessions) is not the session's own doing.
         (resource.RLIMIT_AS, mapped + 4 * limits["memory"]),
         (resource.RLIMIT_MEMLOCK, 0),
-        (resource.RLIMIT_MSGQUEUE if hasattr(resource, "RLIMIT_MSGQUEUE") else 12, 0),
     ):
         hard = resource.getrlimit(what)[1]
         bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(what, (bound, bound))
+    # gVisor does not let it be set: its queues take memory of its own kernel, which the container's limit bounds.
+    with contextlib.suppress(ValueError):
+        resource.setrlimit(_RLIMIT_MSGQUEUE, (0, 0))
 
 
 def _mapped_bytes() -> int:

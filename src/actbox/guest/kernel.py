@@ -1,6 +1,6 @@
 # IPython's own types are partly unknown.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""The kernel: runs a session's cells, one after the other, until its stream ends.
+"""The kernel: runs a session's cells and transfers of files, one after the other, until its stream ends.
 
 Everything here runs after the boundary stands, with no rights left, beside code that nobody read. What the host learns
 from it is the guest's word.
@@ -15,6 +15,7 @@ import gc
 import os
 import pathlib
 import random
+import select
 import signal
 import sys
 import traceback
@@ -24,10 +25,13 @@ from ..protocol import frames
 from . import shell as shells
 from .interrupts import Interrupts
 from .output import Channel
+from .places import Refused
+from .transfer import REQUESTS, Transfers
 
 if TYPE_CHECKING:
     import mmap
     import socket
+    from collections.abc import Callable
 
     from .reload import SkillReloader
 
@@ -56,6 +60,7 @@ class Kernel:
         self._pid = os.getpid()
         self._interrupts = Interrupts(page)
         self._channel = Channel(stream, pipes, self._interrupts)
+        self._transfers = Transfers(self._channel, self._interrupts, self._receive)
 
     def serve(self, start: dict[str, Any]) -> None:
         """Run cells until the host closes the stream; never returns to the caller's code in a forked child."""
@@ -68,10 +73,35 @@ class Kernel:
         gc.enable()
         self._channel.now({"type": "ready", "python": sys.version.split()[0], "ipython": _ipython_version()})
         while (frame := self._next_request()) is not None:
-            if frame.header.get("type") == "execute":
-                self._run(int(frame.header["id"]), frame.payload.decode("utf-8", "replace"))
+            kind = frame.header.get("type")
+            # What else comes is the rest of an upload that ended before its time.
+            if kind == "execute":
+                self._answer(frame, self._run_cell)
+            elif kind in REQUESTS:
+                self._answer(frame, self._transfer)
 
-    def _run(self, cell: int, code: str) -> None:
+    def _run_cell(self, frame: frames.Frame, _reply: dict[str, Any]) -> BaseException | None:
+        self._reloader.before_cell()
+        self._shell.interrupted = self._interrupts.was_delivered
+        result = self._shell.run_cell(frame.payload.decode("utf-8", "replace"), store_history=True)
+        return result.error_before_exec or result.error_in_exec
+
+    def _transfer(self, frame: frames.Frame, reply: dict[str, Any]) -> BaseException | None:
+        try:
+            left_out = self._transfers.serve(frame.header)
+        except Refused as exc:
+            shells.send_error("TransferRefused", exc.reason, "")
+            return exc
+        except Exception as exc:  # noqa: BLE001 - user code has changed Python itself; the kernel goes on
+            return exc
+        if left_out:
+            reply["left_out"] = left_out
+        return None
+
+    def _answer(
+        self, request: frames.Frame, work: Callable[[frames.Frame, dict[str, Any]], BaseException | None]
+    ) -> None:
+        cell = int(request.header["id"])
         self._interrupts.install()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         self._channel.begin()
@@ -79,10 +109,7 @@ class Kernel:
         reply: dict[str, Any] = {"type": "execute_reply", "id": cell, "status": "ok"}
         try:
             self._interrupts.begin(cell)
-            self._reloader.before_cell()
-            self._shell.interrupted = self._interrupts.was_delivered
-            result = self._shell.run_cell(code, store_history=True)
-            error = result.error_before_exec or result.error_in_exec
+            error = work(request, reply)
         except KeyboardInterrupt as exc:
             # It came outside the user's code, where IPython does not catch it.
             error = exc
@@ -114,6 +141,26 @@ class Kernel:
                 return None
             self._decoder.feed(data)
         return frame
+
+    def _receive(self) -> frames.Frame:
+        """The host's next frame, in the middle of a request: an interrupt comes while it waits, and tears nothing.
+
+        Raises:
+            EOFError: the host is gone.
+        """
+        poller = select.poll()
+        poller.register(self._stream, select.POLLIN)
+        while True:
+            with self._interrupts.held:
+                frame = self._decoder.next_frame()
+            if frame is not None:
+                return frame
+            poller.poll()
+            with self._interrupts.held:
+                data = self._stream.recv(_RECEIVE)
+                if not data:
+                    raise EOFError("the host is gone")
+                self._decoder.feed(data)
 
     def _run_tasks_until_readable(self) -> None:
         """Let asyncio tasks that a cell left behind go on between the cells, as in Jupyter."""

@@ -48,6 +48,7 @@ class Supervisor:
         self._control = control
         self._binds: list[dict[str, Any]] = layout["binds"]
         self._preload: list[str] = list(layout["preload"])
+        self._demanded: bool = layout["demanded"]
         self._warm = False
         self._nested: bool = layout["nested"]
         self._seeds: list[list[str]] = layout["seeds"]
@@ -120,6 +121,8 @@ class Supervisor:
                     warnings.simplefilter("ignore")
                     importlib.import_module(module)
             except Exception as exc:  # noqa: BLE001 - an import may raise anything; sessions can do without it
+                if not self._demanded and isinstance(exc, ModuleNotFoundError):
+                    return
                 self._send({"op": "preload-failed", "module": module, "error": repr(exc)[:500]})
             return
         from .shell import warm_up
@@ -238,8 +241,12 @@ def _probe_inner(writer: int, binds: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Entry: `main(control descriptor)`, given in argv; the first datagram holds the container's layout."""
-    control = socket.socket(fileno=int(sys.argv[1]))
+    """Entry where the control socket is inherited: its descriptor is the first argument."""
+    serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+def serve(control: socket.socket) -> None:
+    """Entry: the first datagram holds the container's layout."""
     control.set_inheritable(False)
     layout = json.loads(control.recv(_DATAGRAM))
     with contextlib.suppress(ValueError):

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _MAX_PARTS = 64
 _MAX_NAME = 256
+# Bytes of one piece of an archive, and names left out of one.
+MAX_PIECE = 256 << 10
+_MAX_LEFT_OUT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +44,24 @@ class SetupFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Archive:
+    """A piece of the archive that is transfer `id`: bytes that nobody has looked at yet, at most `MAX_PIECE`."""
+
+    id: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
-    """The cell's end; comes behind its last output."""
+    """The end of a cell or transfer; comes behind its last output. `left_out` names what an archive could not hold."""
 
     id: int
     status: str
     execution_count: int
+    left_out: tuple[str, ...] = ()
 
 
-Message = Ready | SetupFailed | Reply | Event
+Message = Ready | SetupFailed | Reply | Archive | Event
 
 
 def decode(frame: Frame) -> Message:
@@ -79,7 +91,10 @@ def decode(frame: Frame) -> Message:
         case "execute_reply":
             status = _text(header, "status")
             if status in ("ok", "error", "interrupted"):
-                return Reply(_number(header, "id"), status, _number(header, "execution_count"))
+                return Reply(_number(header, "id"), status, _number(header, "execution_count"), _names(header))
+        case "archive":
+            if len(frame.payload) <= MAX_PIECE:
+                return Archive(_number(header, "id"), frame.payload)
         case "ready":
             return Ready(_text(header, "python")[:_MAX_NAME], _text(header, "ipython")[:_MAX_NAME])
         case "failed":
@@ -137,6 +152,21 @@ def _display_id(header: dict[str, Any]) -> str | None:
 
 def _left_out(header: dict[str, Any]) -> int:
     return _number(header, "left_out") if "left_out" in header else 0
+
+
+def _names(header: dict[str, Any]) -> tuple[str, ...]:
+    match header.get("left_out"):
+        case None:
+            return ()
+        case [*names] if len(names) <= _MAX_LEFT_OUT and all(type(name) is str for name in names):
+            return tuple(legible(name) for name in names)
+        case _:
+            raise ProtocolError("the field left_out is no list of names")
+
+
+def legible(text: str) -> str:
+    """Text of which every character can be shown, and drives no terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _text(header: dict[str, Any], field: str) -> str:

@@ -1,0 +1,324 @@
+# The library's own types are partly unknown.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""What a Docker container is made of, as data: decided here without I/O, sent by `engine`, audited after creation.
+
+Everything that affects what a container can see or do lives in this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from actbox.engines.docker import boot
+from actbox.engines.profile import docker_profile, to_json
+from actbox.errors import SandboxUnavailable
+from actbox.spec import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from actbox.spec import ContainerSpec
+
+WARM = "/opt/actbox/matplotlib"
+MATPLOTLIB = "/tmp/.matplotlib"
+NEW_ROOT = "/newroot"
+# Of a container of many sessions: what all of them together may have, in sessions that use all they may.
+_SESSIONS = 64
+_MOST_PIDS = 1 << 15
+# The supervisor with its libraries, beside what the sessions use.
+_SUPERVISOR_MEMORY = 512 * MIB
+_SUPERVISOR_PIDS = 16
+_MEMORY_SHARE = 0.75
+_CPU_PERIOD = 100_000
+# Docker's own list, less what lies in /proc: a fresh /proc can be mounted only where the old one is seen whole. Here no
+# process is root and none has a capability, and a session sees its fresh one alone.
+_MASKED_OUTSIDE_PROC = ("/sys/firmware", "/sys/devices/virtual/powercap")
+_ENV = {
+    "HOME": "/tmp",
+    "USER": "sandbox",
+    "LANG": "C.UTF-8",
+    "SHELL": "/bin/sh",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "MPLCONFIGDIR": MATPLOTLIB,
+    # One pool of two threads serves cells of two cores' worth; more only cost memory in each session.
+    "MALLOC_ARENA_MAX": "4",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What was found out about the engine and the image.
+
+    Attributes:
+        image: the image's id, so that nothing can come between looking at it and using it.
+        volumes: places that the image declares as volumes.
+        memory: bytes of the engine's machine.
+        swap_limit: whether the engine can bound swap.
+        machine: the processors' kind as `os.uname` names it.
+        user: "uid:gid" that everything inside runs as, on the engine's machine.
+        userns: Docker's `UsernsMode`; "" for the engine's own.
+        seccomp: how the engine takes our system call profile: as text ("inline", Docker), as a file of its machine's
+            ("file", Podman), or not at all ("none": it cannot, does not see our files, or its runtime brings a kernel
+            of its own). The guest installs its own filter in every case.
+        podman: whether it is Podman, which has another word for `MaskedPaths`.
+    """
+
+    image: str
+    volumes: tuple[str, ...]
+    memory: int
+    swap_limit: bool
+    machine: str
+    user: str
+    userns: str = ""
+    seccomp: Literal["inline", "file", "none"] = "inline"
+    podman: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of the host, bound at `place`."""
+
+    place: str
+    source: Path
+    readonly: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole container: the Engine API's body of `containers/create`, and what an `inspect` of it must show."""
+
+    body: Mapping[str, Any]
+    folders: tuple[Folder, ...]
+
+
+def folders(spec: ContainerSpec, *, nested: bool, key: str | None) -> tuple[Folder, ...]:
+    """The binds of a container; see `Engine.start` for `nested` and `key`."""
+    found: list[Folder] = []
+    for bind in spec.binds:
+        source, place = bind.source, str(bind.target)
+        if bind.per_key and not nested:
+            if key is None:
+                continue
+            source, place = source / key, f"{place}/{key}"
+        found.append(Folder(place, source, bind.readonly))
+    return tuple(found)
+
+
+def make_plan(
+    facts: Facts,
+    spec: ContainerSpec,
+    binds: tuple[Folder, ...],
+    *,
+    nested: bool,
+    key: str | None,
+    socket_folder: Path | None,
+    profile: str | None,
+    marks: tuple[str, ...],
+    labels: Mapping[str, str],
+) -> Plan:
+    """The container for a supervisor.
+
+    Args:
+        facts: see there.
+        spec: what is asked for.
+        binds: its folders, as `folders` gives them, with the sources that the engine is to see.
+        nested: whether it holds many sessions.
+        key: of the one session, otherwise.
+        socket_folder: the host's folder in which the control socket lies; None to speak over the attached stream.
+        profile: the system call profile as the engine takes it, see `Facts.seccomp`; None for the engine's own.
+        marks: files that tell inside that the folders are the right ones.
+        labels: what tells that the container is ours.
+    """
+    way: Literal["socket", "stream"] = "stream" if socket_folder is None else "socket"
+    mounts = [_mount(folder.source, folder.place, readonly=folder.readonly) for folder in binds]
+    if socket_folder is not None:
+        mounts.append(_mount(socket_folder, str(PurePosixPath(boot.SOCKET).parent), readonly=True))
+    body = {
+        "Image": facts.image,
+        # `-I`: nothing of the image's variables or the working directory is imported before the boundary stands.
+        "Entrypoint": ["python3", "-I", "-B", "-c", boot.script(way, marks)],
+        "Cmd": [],
+        "Env": [f"{name}={value}" for name, value in _ENV.items()],
+        "User": facts.user,
+        "WorkingDir": "/",
+        "Hostname": "actbox",
+        "Labels": dict(labels),
+        "Healthcheck": {"Test": ["NONE"]},
+        "AttachStdin": way == "stream",
+        "AttachStdout": way == "stream",
+        "AttachStderr": True,
+        "OpenStdin": way == "stream",
+        # When the host's end of the stream goes, so does the container's standard input, and with it the container.
+        "StdinOnce": way == "stream",
+        "Tty": False,
+        "HostConfig": _host_config(facts, spec, mounts, profile, nested=nested, bare=not nested and key is None),
+    }
+    return Plan(body, binds)
+
+
+def system_calls(facts: Facts, *, nested: bool) -> str:
+    """The profile's JSON for a container of many sessions, or of one."""
+    return to_json(docker_profile("outer" if nested else "inner", facts.machine))
+
+
+def _host_config(
+    facts: Facts, spec: ContainerSpec, mounts: list[dict[str, Any]], profile: str | None, *, nested: bool, bare: bool
+) -> dict[str, Any]:
+    limits = spec.limits
+    memory, pids = _bounds(facts, spec, nested=nested)
+    security = ["no-new-privileges", *([f"seccomp={profile}"] if profile is not None else [])]
+    config: dict[str, Any] = {
+        "AutoRemove": True,
+        "Privileged": False,
+        "CapAdd": [],
+        "CapDrop": ["ALL"],
+        "SecurityOpt": security,
+        "ReadonlyRootfs": True,
+        "NetworkMode": "none",
+        "PublishAllPorts": False,
+        "PortBindings": {},
+        "IpcMode": "private",
+        "PidMode": "",
+        "UTSMode": "",
+        "UsernsMode": facts.userns,
+        "Binds": [],
+        "Mounts": mounts,
+        "Devices": [],
+        "Tmpfs": _tmpfs(facts, spec, nested=nested, bare=bare),
+        "ShmSize": limits.shm,
+        "Memory": memory,
+        "PidsLimit": pids,
+        "OomScoreAdj": 500,
+        "Init": False,
+        # What is written to the container's own output would fill the engine's disk.
+        "LogConfig": {"Type": "none", "Config": {}},
+        "RestartPolicy": {"Name": "no"},
+    }
+    if facts.swap_limit:
+        config["MemorySwap"] = memory
+    if spec.runtime is not None:
+        config["Runtime"] = spec.runtime
+    if nested and facts.podman:
+        security.append("unmask=/proc/*")
+    elif nested:
+        config["MaskedPaths"] = list(_MASKED_OUTSIDE_PROC)
+        config["ReadonlyPaths"] = []
+    return config
+
+
+def _bounds(facts: Facts, spec: ContainerSpec, *, nested: bool) -> tuple[int, int]:
+    """Bytes of memory and number of processes of a whole container."""
+    limits = spec.limits
+    if not nested:
+        return limits.memory + _SUPERVISOR_MEMORY, limits.pids + _SUPERVISOR_PIDS
+    memory = max(limits.memory + _SUPERVISOR_MEMORY, int(facts.memory * _MEMORY_SHARE))
+    return memory, min(_SESSIONS * limits.pids, _MOST_PIDS) + _SUPERVISOR_PIDS
+
+
+def _tmpfs(facts: Facts, spec: ContainerSpec, *, nested: bool, bare: bool) -> dict[str, str]:
+    limits = spec.limits
+    common = "rw,nosuid,nodev"
+    # A volume would be a writable place on the engine's disk that nobody bounds.
+    sized = dict.fromkeys(facts.volumes, f"{common},size=64k,mode=0755")
+    if nested:
+        # Sessions get a /tmp of their own; this one is the supervisor's alone.
+        sized["/tmp"] = f"{common},size={64 * MIB},mode=1777"
+        sized[NEW_ROOT] = f"{common},size=64k,mode=0755"
+        return sized
+    sized["/tmp"] = f"{common},exec,size={limits.tmp},mode=1777"
+    if bare:
+        sized["/app"] = f"{common},exec,size={limits.tmp},mode=1777"
+    return sized
+
+
+def _mount(source: Path, place: str, *, readonly: bool) -> dict[str, Any]:
+    return {
+        "Type": "bind",
+        "Source": str(source),
+        "Target": place,
+        "ReadOnly": readonly,
+        # What is mounted below the folder was not asked for.
+        "BindOptions": {"Propagation": "rprivate", "NonRecursive": True},
+    }
+
+
+def audit(plan: Plan, found: Mapping[str, Any]) -> None:
+    """Compare a created container with its plan: an engine may leave out, or add, what it was not asked for.
+
+    Args:
+        plan: what was asked for.
+        found: the engine's `inspect` of the container.
+
+    Raises:
+        SandboxUnavailable: a difference that weakens the boundary, named.
+    """
+    wanted: Mapping[str, Any] = plan.body["HostConfig"]
+    host: Mapping[str, Any] = found.get("HostConfig") or {}
+    config: Mapping[str, Any] = found.get("Config") or {}
+    checks: list[tuple[str, Any, bool]] = [
+        (name, host.get(name), bool(host.get(name)) is bool(wanted[name]))
+        for name in ("Privileged", "ReadonlyRootfs", "PublishAllPorts")
+    ]
+    checks += [
+        (name, host.get(name), not host.get(name))
+        for name in ("CapAdd", "Devices", "DeviceRequests", "PortBindings", "VolumesFrom", "Links", "Sysctls")
+    ]
+    checks += [
+        ("CapDrop", host.get("CapDrop"), _drops_all(host, found)),
+        ("NetworkMode", host.get("NetworkMode"), host.get("NetworkMode") == "none"),
+        ("PidMode", host.get("PidMode"), host.get("PidMode") in ("", "private", None)),
+        # "shareable", Podman's only kind, is a namespace of its own too; who may join it is the engine's affair.
+        ("IpcMode", host.get("IpcMode"), host.get("IpcMode") in ("private", "shareable", "none")),
+        ("UTSMode", host.get("UTSMode"), host.get("UTSMode") in ("", "private", None)),
+        ("UsernsMode", host.get("UsernsMode"), host.get("UsernsMode") != "host"),
+        ("SecurityOpt", host.get("SecurityOpt"), _secured(wanted, host)),
+        ("Memory", host.get("Memory"), host.get("Memory") == wanted["Memory"]),
+        ("PidsLimit", host.get("PidsLimit"), host.get("PidsLimit") == wanted["PidsLimit"]),
+        ("User", config.get("User"), config.get("User") == plan.body["User"]),
+        ("Mounts", found.get("Mounts"), _same_mounts(wanted["Mounts"], wanted["Tmpfs"], found.get("Mounts") or [])),
+    ]
+    if "MemorySwap" in wanted:
+        checks.append(("MemorySwap", host.get("MemorySwap"), host.get("MemorySwap") == wanted["MemorySwap"]))
+    if "Runtime" in wanted:
+        checks.append(("Runtime", host.get("Runtime"), host.get("Runtime") == wanted["Runtime"]))
+    for name, value, holds in checks:
+        if not holds:
+            raise SandboxUnavailable(
+                "hardened container",
+                f"the engine made {name} {str(value)[:200]!r} of what was asked for",
+                "Use an engine that honours the options of the Docker Engine API.",
+            )
+
+
+def _drops_all(host: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Docker repeats what it was told; Podman lists what is dropped, and tells the rest."""
+    if host.get("CapDrop") == ["ALL"]:
+        return True
+    return found.get("EffectiveCaps") == [] or (found.get("EffectiveCaps") is None and bool(host.get("CapDrop")))
+
+
+def _secured(wanted: Mapping[str, Any], host: Mapping[str, Any]) -> bool:
+    options = [str(option) for option in host.get("SecurityOpt") or []]
+    if any("unconfined" in option and "systempaths" not in option for option in options):
+        return False
+    filtered = not any(option.startswith("seccomp=") for option in wanted["SecurityOpt"])
+    filtered = filtered or any(option.startswith("seccomp") for option in options)
+    return filtered and any(option.startswith("no-new-privileges") for option in options)
+
+
+def _same_mounts(wanted: list[dict[str, Any]], tmpfs: Mapping[str, str], found: list[dict[str, Any]]) -> bool:
+    """Only the folders asked for, each as writable as asked for; no volume, no engine socket."""
+    asked = {mount["Target"]: mount for mount in wanted}
+    for mount in found:
+        place = mount.get("Destination")
+        if mount.get("Type") == "tmpfs" and place in tmpfs:
+            continue
+        bind = asked.pop(place, None)
+        if bind is None or mount.get("Type") != "bind" or mount.get("Source") != bind["Source"]:
+            return False
+        if bool(mount.get("RW")) is bool(bind["ReadOnly"]):
+            return False
+    return not asked

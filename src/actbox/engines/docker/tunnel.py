@@ -1,0 +1,277 @@
+"""The host's end of a tunnel: a container's sockets over the one stream that the daemon attaches to it.
+
+Where no socket can be shared (another machine's engine, Docker Desktop's virtual machine, gVisor) the container speaks
+over its standard input and output. This end takes the sockets that a container hands to its supervisor, as the
+supervisor would, and carries what is said on them; the guest's end (`guest/tunnel.py`) makes sockets again and hands
+them to the real one. Neither looks into what it carries.
+
+On the wire a block is a kind, a channel and a length, `>BII`, and so many bytes:
+
+======== ========================================================================
+CONTROL  a datagram of the control socket; channel 0
+OPEN     a session with this channel
+DATA     bytes of the session's stream; a sender has at most `WINDOW` unread ones
+READ     so many bytes were read (a number, `>I`): the sender may send as many more
+CLOSE    the session's stream ended
+WATCH    a datagram of the session's watch socket
+UNWATCH  the watch socket ended
+======== ========================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+import aiodocker
+import aiohttp
+
+from actbox.shielded import finish
+
+if TYPE_CHECKING:
+    from aiodocker.stream import Stream
+
+    from actbox.engines.docker.boundary import Output
+
+CONTROL, OPEN, DATA, READ, CLOSE, WATCH, UNWATCH = range(1, 8)
+HEADER = struct.Struct(">BII")
+WINDOW = 1 << 20
+_CHUNK = 64 << 10
+_DATAGRAM = 64 << 10
+_STDOUT = 1
+# What writing to a stream raises that is gone, or that this side has closed.
+_GONE = (OSError, RuntimeError, AssertionError, aiohttp.ClientError, aiodocker.DockerError)
+
+
+class _Broken(Exception):
+    """The other end broke the rules of this wire, or is gone."""
+
+
+class _Channel:
+    """A session.
+
+    State: its two sockets; how many bytes may still be sent, and the news that it has become more; what waits to be
+    written to the stream, with its size, an empty piece for the end; the task that carries.
+    """
+
+    def __init__(self, stream: socket.socket, watch: socket.socket) -> None:
+        self.stream = stream
+        self.watch = watch
+        self.may_send = WINDOW
+        self.room = asyncio.Event()
+        self.inbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self.waiting = 0
+        self.task: asyncio.Task[None] | None = None
+
+
+class Tunnel:
+    """See the module's text.
+
+    State: `_channels`, the open ones by number; `_rest`, what was read of the stream but not yet taken; `_tasks`, which
+    carry; `_closed`.
+    """
+
+    def __init__(self, stream: Stream, control: socket.socket, output: Output) -> None:
+        self._stream = stream
+        self._control = control
+        self._control.setblocking(False)
+        self._output = output
+        self._rest = bytearray()
+        self._channels: dict[int, _Channel] = {}
+        self._numbers = 0
+        self._sending = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def read_block(self, most: int) -> bytes | None:
+        """A block of the time before `open`: its length, `>I`, and so many bytes. None if the stream ends."""
+        head = await self._read(4)
+        if head is None:
+            return None
+        (size,) = struct.unpack(">I", head)
+        return await self._read(size) if size <= most else b""
+
+    def open(self) -> None:
+        """Carry from now on."""
+        self._tasks |= {asyncio.create_task(self._inward()), asyncio.create_task(self._outward())}
+
+    async def close(self) -> None:
+        """End the stream, and every socket with it. Bounded in time; may be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._end()
+
+    async def _end(self) -> None:
+        self._closed = True
+        tasks = [channel.task for channel in self._channels.values() if channel.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._control.close()
+        with contextlib.suppress(*_GONE):
+            await self._stream.close()
+
+    # -- from the container --------------------------------------------------------------------------------------
+
+    async def _inward(self) -> None:
+        try:
+            while (head := await self._read(HEADER.size)) is not None:
+                kind, number, size = HEADER.unpack(head)
+                if size > WINDOW:
+                    raise _Broken
+                body = await self._read(size)
+                if body is None:
+                    break
+                self._take(kind, number, body)
+        except _Broken:
+            pass
+        finally:
+            # The container is gone, or of no more use: whoever holds a socket of it learns that from the socket.
+            if not self._closed:
+                await finish(self._end())
+
+    def _take(self, kind: int, number: int, body: bytes) -> None:
+        if kind == CONTROL:
+            with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+                self._control.send(body)
+            return
+        channel = self._channels.get(number)
+        if channel is None:
+            # Closed by us meanwhile.
+            return
+        if kind == DATA:
+            channel.waiting += len(body)
+            if channel.waiting > WINDOW:
+                raise _Broken
+            channel.inbox.put_nowait(body)
+        elif kind == READ and len(body) == 4:  # noqa: PLR2004 - `>I`
+            channel.may_send += struct.unpack(">I", body)[0]
+            channel.room.set()
+        elif kind == WATCH:
+            with contextlib.suppress(OSError):
+                channel.watch.send(body)
+        elif kind == CLOSE:
+            channel.inbox.put_nowait(b"")
+        elif kind == UNWATCH:
+            with contextlib.suppress(OSError):
+                channel.watch.shutdown(socket.SHUT_RDWR)
+        else:
+            raise _Broken
+
+    async def _read(self, size: int) -> bytes | None:
+        while len(self._rest) < size:
+            try:
+                message = await self._stream.read_out()
+            except _GONE:
+                return None
+            if message is None:
+                return None
+            if message.stream == _STDOUT:
+                self._rest += message.data
+            else:
+                self._output.take(message.data)
+        data = bytes(self._rest[:size])
+        del self._rest[:size]
+        return data
+
+    # -- to the container ----------------------------------------------------------------------------------------
+
+    async def _send(self, kind: int, number: int, body: bytes = b"") -> None:
+        async with self._sending:
+            await self._stream.write_in(HEADER.pack(kind, number, len(body)) + body)
+
+    async def _outward(self) -> None:
+        """What is said to the supervisor, and the sockets handed over with it."""
+        try:
+            while True:
+                data, fds = await _receive(self._control)
+                if not data:
+                    return
+                if not fds:
+                    await self._send(CONTROL, 0, data)
+                    continue
+                self._numbers += 1
+                stream, watch = (socket.socket(fileno=fd) for fd in fds)
+                await self._open(self._numbers, _Channel(stream, watch), data)
+        except _GONE:
+            return
+
+    async def _open(self, number: int, channel: _Channel, request: bytes) -> None:
+        self._channels[number] = channel
+        for sock in (channel.stream, channel.watch):
+            sock.setblocking(False)
+        await self._send(OPEN, number, request)
+        channel.task = asyncio.create_task(self._carry(number, channel))
+
+    async def _carry(self, number: int, channel: _Channel) -> None:
+        """All that a session needs, until the container has closed both its sockets, or the host its own."""
+        sending = asyncio.create_task(self._from_stream(number, channel))
+        try:
+            await asyncio.gather(self._to_stream(number, channel), self._from_watch(number, channel))
+        finally:
+            self._channels.pop(number, None)
+            sending.cancel()
+            await asyncio.wait([sending])
+            channel.stream.close()
+            channel.watch.close()
+
+    async def _from_stream(self, number: int, channel: _Channel) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(*_GONE):
+            while True:
+                while channel.may_send <= 0:
+                    channel.room.clear()
+                    await channel.room.wait()
+                data = await loop.sock_recv(channel.stream, min(_CHUNK, channel.may_send))
+                if not data:
+                    await self._send(CLOSE, number)
+                    return
+                channel.may_send -= len(data)
+                await self._send(DATA, number, data)
+
+    async def _to_stream(self, number: int, channel: _Channel) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(*_GONE):
+            while data := await channel.inbox.get():
+                await loop.sock_sendall(channel.stream, data)
+                channel.waiting -= len(data)
+                await self._send(READ, number, struct.pack(">I", len(data)))
+            channel.stream.shutdown(socket.SHUT_WR)
+
+    async def _from_watch(self, number: int, channel: _Channel) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(*_GONE):
+            while data := await loop.sock_recv(channel.watch, _DATAGRAM):
+                await self._send(WATCH, number, data)
+            await self._send(UNWATCH, number)
+
+
+async def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
+    """A datagram and the descriptors that came with it; nothing at the end."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            data, fds, _, _ = socket.recv_fds(control, _DATAGRAM, 2)
+        except BlockingIOError:
+            ready: asyncio.Future[None] = loop.create_future()
+            loop.add_reader(control, _complete, ready)
+            try:
+                await ready
+            finally:
+                loop.remove_reader(control)
+        else:
+            return data, fds
+
+
+def _complete(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
