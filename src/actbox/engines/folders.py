@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import secrets
+import stat
+import time
 from typing import TYPE_CHECKING
 
 from actbox.errors import SandboxUnavailable
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
 
 _FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
+_MARK = re.compile(r"\.actbox-[0-9a-f]{32}")
+_OLD_SECONDS = 600.0
+_MOST_LOOKED_AT = 10_000
 _REMEDY = "Keep the container's folders in place while it starts; none may be a symbolic link."
 
 
@@ -59,12 +66,29 @@ def mark_folders(folders: tuple[tuple[str, Path], ...]) -> Generator[tuple[str, 
             except OSError as exc:
                 raise SandboxUnavailable("folders", str(exc), _REMEDY) from exc
             opened.callback(os.close, fd)
+            _sweep(fd)
             name = f".actbox-{secrets.token_hex(16)}"
             with contextlib.suppress(OSError):
                 os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o644, dir_fd=fd))
                 opened.callback(_unlink, name, fd)
                 marks.append(f"{place}/{name}")
         yield tuple(marks)
+
+
+def _sweep(folder: int) -> None:
+    """Remove marks that a killed host left: empty files of that name, older than any start takes."""
+    with contextlib.suppress(OSError):
+        # A folder may be listed that was opened only to be walked through.
+        listing = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            with os.scandir(listing) as entries:
+                names = [entry.name for entry in itertools.islice(entries, _MOST_LOOKED_AT)]
+            for name in filter(_MARK.fullmatch, names):
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and not status.st_size and time.time() - status.st_mtime > _OLD_SECONDS:
+                    os.unlink(name, dir_fd=folder)
+        finally:
+            os.close(listing)
 
 
 def _unlink(name: str, folder: int) -> None:

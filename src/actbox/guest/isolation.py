@@ -219,7 +219,6 @@ def set_limits(limits: dict[str, int]) -> None:
     for what, value in (
         # Not 0: where the host hands core dumps to a program, that limit is not looked at; 1 keeps it from starting.
         (resource.RLIMIT_CORE, 1),
-        (resource.RLIMIT_NPROC, limits["pids"]),
         (resource.RLIMIT_NOFILE, limits["open_files"]),
         (resource.RLIMIT_FSIZE, limits["file_size"]),
         (resource.RLIMIT_DATA, limits["memory"]),
@@ -230,9 +229,21 @@ def set_limits(limits: dict[str, int]) -> None:
         hard = resource.getrlimit(what)[1]
         bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(what, (bound, bound))
+    if not _in_machines_user_namespace():
+        resource.setrlimit(resource.RLIMIT_NPROC, (limits["pids"], limits["pids"]))
     # gVisor does not let it be set: its queues take memory of its own kernel, which the container's limit bounds.
     with contextlib.suppress(ValueError):
         resource.setrlimit(_RLIMIT_MSGQUEUE, (0, 0))
+
+
+def _in_machines_user_namespace() -> bool:
+    """Whether this user's processes are counted together with all that the user runs on the machine.
+
+    So it is in a container of a single session whose engine makes no user namespaces: there the container's own bound
+    on processes is the session's.
+    """
+    with open("/proc/self/uid_map") as file:
+        return file.read().split() == ["0", "0", "4294967295"]
 
 
 def _mapped_bytes() -> int:

@@ -81,17 +81,19 @@ class DockerBoundary(Boundary):
         finally:
             await _close_stream(stream)
 
-    async def heard_out(self) -> None:
+    async def ended(self) -> None:
         """Wait until the container's standard error has ended, which it does with the container."""
         if self._listening is not None:
-            await asyncio.wait([self._listening], timeout=_CLOSE_SECONDS)
+            await asyncio.wait([self._listening])
 
     def explanation(self) -> SandboxUnavailable | None:
         """See `Boundary.explanation`."""
         said = self.output.text().splitlines()
         if not said:
             return None
-        return SandboxUnavailable("container", said[-1][:500], "`actbox doctor --engine docker` tells more.")
+        return SandboxUnavailable(
+            "container", ascii(said[-1][:500])[1:-1], "`actbox doctor --engine docker` tells more."
+        )
 
     async def close(self) -> None:
         """See `Boundary.close`."""

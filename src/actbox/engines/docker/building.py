@@ -26,7 +26,7 @@ import aiodocker
 import aiohttp
 
 from actbox.engines import environments
-from actbox.engines.docker import boot, daemon, images
+from actbox.engines.docker import boot, daemon, images, owner
 from actbox.engines.docker.boundary import STDERR, Output, remove
 from actbox.errors import EnvironmentBuildError, InvalidArgument
 from actbox.spec import DEFAULT_TAG, check_reference
@@ -152,9 +152,11 @@ async def _describe(found: Daemon, tag: str, base: str, image: str) -> _Python:
         "Entrypoint": ["python3", "-I", "-c", _QUERY],
         "Cmd": [],
         "User": "65534:65534",
+        "Labels": owner.labels(tag),
         "AttachStdout": True,
         "AttachStderr": True,
         "HostConfig": {
+            "AutoRemove": True,
             "NetworkMode": "none",
             "CapDrop": ["ALL"],
             "SecurityOpt": ["no-new-privileges"],

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import aiodocker
 
 from actbox.engines.base import Boundary, Engine, Layer, Layout
 from actbox.engines.docker import daemon, images, owner, plan, reaper, staging
+from actbox.engines.docker.audit import audit
 from actbox.engines.docker.boundary import DockerBoundary, remove
 from actbox.engines.docker.meeting import FOLDERS_REMEDY, Meeting
 from actbox.engines.folders import hold_folders, mark_folders
@@ -67,8 +69,9 @@ class DockerEngine(Engine):
 class _Start:
     """One container on its way up.
 
-    State: `_container`, once it is made; `_boundary`, once there is one, to which container and connection then belong;
-    `_folder`, the host's folder of its socket and mounts, which lives no longer than the start.
+    State: `_asked`, whether the engine was asked for it, by `_name`; `_container`, once it is known; `_boundary`, once
+    there is one, to which container and connection then belong; `_folder`, the host's folder of its socket and mounts,
+    which lives no longer than the start.
     """
 
     def __init__(self, found: Daemon, spec: ContainerSpec, *, nested: bool, key: str | None) -> None:
@@ -76,6 +79,9 @@ class _Start:
         self._spec = spec
         self._nested = nested
         self._key = key
+        # By its name it can be removed though the answer to its creation never came.
+        self._name = f"actbox-{secrets.token_hex(12)}"
+        self._asked = False
         self._container: DockerContainer | None = None
         self._boundary: DockerBoundary | None = None
         self._folder: Path | None = None
@@ -110,7 +116,7 @@ class _Start:
         # Another kernel gives numbers of its own to what it shows.
         with hold_folders(named if by_socket else ()) as held, mark_folders(() if by_socket else named) as marks:
             if self._found.local:
-                self._folder = await asyncio.to_thread(_make_folder)
+                self._folder = _make_folder()
             meeting_place = self._folder / "s" if self._folder is not None and by_socket else None
             made = plan.make_plan(
                 facts,
@@ -121,6 +127,7 @@ class _Start:
                 socket_folder=meeting_place,
                 profile=self._profile(facts),
                 marks=marks,
+                resolver=self._resolver(),
                 labels=owner.labels(self._spec.tag),
             )
             container = await self._create(made)
@@ -142,11 +149,21 @@ class _Start:
         path.write_text(text, "utf-8")
         return str(path)
 
+    def _resolver(self) -> Path | None:
+        # Podman heeds no `Dns` where there is no network, and shows the machine's name servers and search domains.
+        if not self._found.is_podman or self._folder is None:
+            return None
+        path = self._folder / "resolv.conf"
+        path.write_text("nameserver 127.0.0.1\n", "utf-8")
+        path.chmod(0o644)
+        return path
+
     async def _create(self, made: plan.Plan) -> DockerContainer:
         remedy = "`actbox doctor --engine docker` tells what the engine can do."
         with daemon.translated("docker", remedy):
             try:
-                self._container = await self._found.docker.containers.create(dict(made.body))
+                self._asked = True
+                self._container = await self._found.docker.containers.create(dict(made.body), name=self._name)
             except aiodocker.DockerError as exc:
                 detail = daemon.said(exc)
                 if "bind source path does not exist" in detail or "no such file or directory" in detail:
@@ -154,7 +171,7 @@ class _Start:
                         raise _OutOfSight from exc
                     raise SandboxUnavailable("folders", detail, FOLDERS_REMEDY) from exc
                 raise
-            plan.audit(made, await self._container.show())
+            audit(made, await self._container.show(), podman=self._found.is_podman)
         return self._container
 
     async def undo(self) -> None:
@@ -163,9 +180,10 @@ class _Start:
             if self._boundary is not None:
                 await self._boundary.close()
                 return
-            if self._container is not None:
+            if self._asked:
+                container = self._container or self._found.docker.containers.container(self._name)
                 with daemon.translated("docker"):
-                    await remove(self._container)
+                    await remove(container)
         except SandboxUnavailable:
             # It is labelled: the next start removes it.
             pass

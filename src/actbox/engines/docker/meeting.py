@@ -18,10 +18,11 @@ import struct
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import aiodocker
+import aiohttp
 
 from actbox.engines.docker import boot, daemon
 from actbox.engines.docker.boundary import pair
-from actbox.engines.docker.tunnel import Tunnel
+from actbox.engines.docker.tunnel import GONE, Tunnel
 from actbox.errors import EnvironmentUnusable, SandboxUnavailable
 
 if TYPE_CHECKING:
@@ -95,13 +96,16 @@ class Meeting:
         boundary.control = ours
         boundary.tunnel = tunnel = Tunnel(stream, theirs, boundary.output)
         await self._start()
-        async with asyncio.timeout(_SECONDS):
-            hello = await tunnel.read_block(_MAX_HELLO)
-        if hello is None:
-            raise self._why()
-        self._check(hello)
-        code = boot.bundle()
-        await stream.write_in(struct.pack(">I", len(code)) + code)
+        try:
+            async with asyncio.timeout(_SECONDS):
+                hello = await tunnel.read_block(_MAX_HELLO)
+                if hello is None:
+                    raise self._why()
+                self._check(hello)
+                code = boot.bundle()
+                await stream.write_in(struct.pack(">I", len(code)) + code)
+        except GONE as exc:
+            raise self._why() from exc
         tunnel.open()
 
     async def _start(self) -> None:
@@ -113,13 +117,13 @@ class Meeting:
             if any(sign in detail for sign in _NO_SUCH_PROGRAM):
                 raise EnvironmentUnusable(self._tag, f"there is no python3 in it ({detail})") from exc
             raise SandboxUnavailable("docker", detail, "`actbox doctor --engine docker` tells more.") from exc
-        except (TimeoutError, OSError) as exc:
+        except (TimeoutError, OSError, aiohttp.ClientError) as exc:
             raise SandboxUnavailable("docker", f"the container did not start: {exc!r}", daemon.REMEDY) from exc
 
     async def _unless_it_ends(self, waiting: Coroutine[Any, Any, _T]) -> _T:
         """What is waited for, unless the container ends before."""
         wanted = asyncio.ensure_future(waiting)
-        ended = asyncio.ensure_future(self._boundary.heard_out())
+        ended = asyncio.ensure_future(self._boundary.ended())
         try:
             await asyncio.wait({wanted, ended}, timeout=_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if wanted.done():
@@ -143,8 +147,8 @@ class Meeting:
         try:
             told: Any = json.loads(hello)
             version = tuple(cast("list[int]", told["python"]))
-            has_ipython, kind = bool(told["ipython"]), str(told["implementation"])
-            unseen = [str(path) for path in cast("list[str]", told["unseen"])]
+            has_ipython, kind = bool(told["ipython"]), ascii(told["implementation"])[1:-1]
+            unseen = [ascii(path)[1:-1] for path in cast("list[str]", told["unseen"])]
         except (ValueError, TypeError, KeyError) as exc:
             raise SandboxUnavailable(
                 "container", "its first process is not ours", "Pull or build the image anew."

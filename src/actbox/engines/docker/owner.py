@@ -94,7 +94,7 @@ def owner_of(labels: Mapping[str, str]) -> Owner | None:
 def make_folder() -> Path:
     """A new folder, open to nobody else, with a path short enough for a socket (107 bytes)."""
     own = this_process()
-    return Path(tempfile.mkdtemp(prefix=f"actbox-{own.pid}-{own.started}-", dir=_base()))
+    return Path(tempfile.mkdtemp(prefix=f"actbox-{own.space or 0}-{own.pid}-{own.started}-", dir=_base()))
 
 
 def remove_folder(folder: Path) -> None:
@@ -135,8 +135,8 @@ def sweep() -> None:
 
 def _left_folders() -> Iterator[tuple[Path, Owner]]:
     here = this_process()
-    for folder in Path(_base()).glob("actbox-*-*-*"):
-        pid, started = folder.name.split("-")[1:3]
+    for folder in Path(_base()).glob(f"actbox-{here.space or 0}-*-*-*"):
+        pid, started = folder.name.split("-")[2:4]
         with contextlib.suppress(OSError, ValueError):
             status = folder.lstat()
             if stat.S_ISDIR(status.st_mode) and status.st_uid == _uid():

@@ -1,6 +1,6 @@
 # The library's own types are partly unknown.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""What a Docker container is made of, as data: decided here without I/O, sent by `engine`, audited after creation.
+"""What a Docker container is made of, as data: decided here without I/O, sent by `engine`, looked after by `audit`.
 
 Everything that affects what a container can see or do lives in this file.
 """
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from actbox.engines.docker import boot
 from actbox.engines.profile import docker_profile, to_json
-from actbox.errors import SandboxUnavailable
 from actbox.spec import MIB
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ _MOST_PIDS = 1 << 15
 _SUPERVISOR_MEMORY = 512 * MIB
 _SUPERVISOR_PIDS = 16
 _MEMORY_SHARE = 0.75
-_CPU_PERIOD = 100_000
 # Docker's own list, less what lies in /proc: a fresh /proc can be mounted only where the old one is seen whole. Here no
 # process is root and none has a capability, and a session sees its fresh one alone.
 _MASKED_OUTSIDE_PROC = ("/sys/firmware", "/sys/devices/virtual/powercap")
@@ -117,6 +115,7 @@ def make_plan(
     socket_folder: Path | None,
     profile: str | None,
     marks: tuple[str, ...],
+    resolver: Path | None,
     labels: Mapping[str, str],
 ) -> Plan:
     """The container for a supervisor.
@@ -130,12 +129,15 @@ def make_plan(
         socket_folder: the host's folder in which the control socket lies; None to speak over the attached stream.
         profile: the system call profile as the engine takes it, see `Facts.seccomp`; None for the engine's own.
         marks: files that tell inside that the folders are the right ones.
+        resolver: a file to show as /etc/resolv.conf, for an engine that would show the machine's; None for others.
         labels: what tells that the container is ours.
     """
     way: Literal["socket", "stream"] = "stream" if socket_folder is None else "socket"
     mounts = [_mount(folder.source, folder.place, readonly=folder.readonly) for folder in binds]
     if socket_folder is not None:
         mounts.append(_mount(socket_folder, str(PurePosixPath(boot.SOCKET).parent), readonly=True))
+    if resolver is not None:
+        mounts.append(_mount(resolver, "/etc/resolv.conf", readonly=True))
     body = {
         "Image": facts.image,
         # `-I`: nothing of the image's variables or the working directory is imported before the boundary stands.
@@ -179,6 +181,9 @@ def _host_config(
         "ReadonlyRootfs": True,
         "NetworkMode": "none",
         "PublishAllPorts": False,
+        # Otherwise the machine's own name servers and search domains would be told inside, network or not.
+        "Dns": ["127.0.0.1"],
+        "DnsSearch": ["."],
         "PortBindings": {},
         "IpcMode": "private",
         "PidMode": "",
@@ -201,6 +206,8 @@ def _host_config(
         config["MemorySwap"] = memory
     if spec.runtime is not None:
         config["Runtime"] = spec.runtime
+    if not facts.podman:
+        config["CgroupnsMode"] = "private"
     if nested and facts.podman:
         security.append("unmask=/proc/*")
     elif nested:
@@ -221,8 +228,8 @@ def _bounds(facts: Facts, spec: ContainerSpec, *, nested: bool) -> tuple[int, in
 def _tmpfs(facts: Facts, spec: ContainerSpec, *, nested: bool, bare: bool) -> dict[str, str]:
     limits = spec.limits
     common = "rw,nosuid,nodev"
-    # A volume would be a writable place on the engine's disk that nobody bounds.
-    sized = dict.fromkeys(facts.volumes, f"{common},size=64k,mode=0755")
+    # A volume would be a writable place on the engine's disk that nobody bounds, and all sessions would share it.
+    sized = dict.fromkeys(facts.volumes, "ro,nosuid,nodev,noexec,size=64k,mode=0755")
     if nested:
         # Sessions get a /tmp of their own; this one is the supervisor's alone.
         sized["/tmp"] = f"{common},size={64 * MIB},mode=1777"
@@ -243,82 +250,3 @@ def _mount(source: Path, place: str, *, readonly: bool) -> dict[str, Any]:
         # What is mounted below the folder was not asked for.
         "BindOptions": {"Propagation": "rprivate", "NonRecursive": True},
     }
-
-
-def audit(plan: Plan, found: Mapping[str, Any]) -> None:
-    """Compare a created container with its plan: an engine may leave out, or add, what it was not asked for.
-
-    Args:
-        plan: what was asked for.
-        found: the engine's `inspect` of the container.
-
-    Raises:
-        SandboxUnavailable: a difference that weakens the boundary, named.
-    """
-    wanted: Mapping[str, Any] = plan.body["HostConfig"]
-    host: Mapping[str, Any] = found.get("HostConfig") or {}
-    config: Mapping[str, Any] = found.get("Config") or {}
-    checks: list[tuple[str, Any, bool]] = [
-        (name, host.get(name), bool(host.get(name)) is bool(wanted[name]))
-        for name in ("Privileged", "ReadonlyRootfs", "PublishAllPorts")
-    ]
-    checks += [
-        (name, host.get(name), not host.get(name))
-        for name in ("CapAdd", "Devices", "DeviceRequests", "PortBindings", "VolumesFrom", "Links", "Sysctls")
-    ]
-    checks += [
-        ("CapDrop", host.get("CapDrop"), _drops_all(host, found)),
-        ("NetworkMode", host.get("NetworkMode"), host.get("NetworkMode") == "none"),
-        ("PidMode", host.get("PidMode"), host.get("PidMode") in ("", "private", None)),
-        # "shareable", Podman's only kind, is a namespace of its own too; who may join it is the engine's affair.
-        ("IpcMode", host.get("IpcMode"), host.get("IpcMode") in ("private", "shareable", "none")),
-        ("UTSMode", host.get("UTSMode"), host.get("UTSMode") in ("", "private", None)),
-        ("UsernsMode", host.get("UsernsMode"), host.get("UsernsMode") != "host"),
-        ("SecurityOpt", host.get("SecurityOpt"), _secured(wanted, host)),
-        ("Memory", host.get("Memory"), host.get("Memory") == wanted["Memory"]),
-        ("PidsLimit", host.get("PidsLimit"), host.get("PidsLimit") == wanted["PidsLimit"]),
-        ("User", config.get("User"), config.get("User") == plan.body["User"]),
-        ("Mounts", found.get("Mounts"), _same_mounts(wanted["Mounts"], wanted["Tmpfs"], found.get("Mounts") or [])),
-    ]
-    if "MemorySwap" in wanted:
-        checks.append(("MemorySwap", host.get("MemorySwap"), host.get("MemorySwap") == wanted["MemorySwap"]))
-    if "Runtime" in wanted:
-        checks.append(("Runtime", host.get("Runtime"), host.get("Runtime") == wanted["Runtime"]))
-    for name, value, holds in checks:
-        if not holds:
-            raise SandboxUnavailable(
-                "hardened container",
-                f"the engine made {name} {str(value)[:200]!r} of what was asked for",
-                "Use an engine that honours the options of the Docker Engine API.",
-            )
-
-
-def _drops_all(host: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    """Docker repeats what it was told; Podman lists what is dropped, and tells the rest."""
-    if host.get("CapDrop") == ["ALL"]:
-        return True
-    return found.get("EffectiveCaps") == [] or (found.get("EffectiveCaps") is None and bool(host.get("CapDrop")))
-
-
-def _secured(wanted: Mapping[str, Any], host: Mapping[str, Any]) -> bool:
-    options = [str(option) for option in host.get("SecurityOpt") or []]
-    if any("unconfined" in option and "systempaths" not in option for option in options):
-        return False
-    filtered = not any(option.startswith("seccomp=") for option in wanted["SecurityOpt"])
-    filtered = filtered or any(option.startswith("seccomp") for option in options)
-    return filtered and any(option.startswith("no-new-privileges") for option in options)
-
-
-def _same_mounts(wanted: list[dict[str, Any]], tmpfs: Mapping[str, str], found: list[dict[str, Any]]) -> bool:
-    """Only the folders asked for, each as writable as asked for; no volume, no engine socket."""
-    asked = {mount["Target"]: mount for mount in wanted}
-    for mount in found:
-        place = mount.get("Destination")
-        if mount.get("Type") == "tmpfs" and place in tmpfs:
-            continue
-        bind = asked.pop(place, None)
-        if bind is None or mount.get("Type") != "bind" or mount.get("Source") != bind["Source"]:
-            return False
-        if bool(mount.get("RW")) is bool(bind["ReadOnly"]):
-            return False
-    return not asked

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import aiodocker
+import aiohttp
 
 from actbox.engines.containers import ContainerInfo
 from actbox.engines.docker import daemon, owner
@@ -42,7 +43,7 @@ async def reap(docker: aiodocker.Docker) -> None:
     """Like `prune_containers`, at a start: what cannot be done now is no reason not to start."""
     try:
         removed = await _remove_dead(docker)
-    except (aiodocker.DockerError, OSError, TimeoutError) as exc:
+    except (aiodocker.DockerError, aiohttp.ClientError, OSError, TimeoutError) as exc:
         logger.warning("containers that were left behind could not be looked for: %s", exc)
         return
     for info in removed:

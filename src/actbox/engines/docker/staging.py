@@ -7,7 +7,6 @@ that one, so ours is there for as long as the container takes to start, and no l
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from actbox.engines import stage
 from actbox.errors import SandboxUnavailable
+from actbox.shielded import in_thread
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +56,8 @@ async def show(folders: tuple[Folder, ...], user: int, below: Path | None) -> tu
         mounts.append((str(folder.source), name, [status.st_uid, status.st_gid]))
         shown.append(replace(folder, source=below / name))
     if mounts and below is not None:
-        await asyncio.to_thread(_mount, mounts, user, below)
+        # A cancellation waits: who clears up must find all that was mounted.
+        await in_thread(_mount, mounts, user, below)
     return tuple(shown)
 
 

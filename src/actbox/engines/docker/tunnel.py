@@ -43,7 +43,7 @@ _CHUNK = 64 << 10
 _DATAGRAM = 64 << 10
 _STDOUT = 1
 # What writing to a stream raises that is gone, or that this side has closed.
-_GONE = (OSError, RuntimeError, AssertionError, aiohttp.ClientError, aiodocker.DockerError)
+GONE = (OSError, RuntimeError, AssertionError, aiohttp.ClientError, aiodocker.DockerError)
 
 
 class _Broken(Exception):
@@ -117,7 +117,7 @@ class Tunnel:
         if tasks:
             await asyncio.wait(tasks)
         self._control.close()
-        with contextlib.suppress(*_GONE):
+        with contextlib.suppress(*GONE):
             await self._stream.close()
 
     # -- from the container --------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Tunnel:
         while len(self._rest) < size:
             try:
                 message = await self._stream.read_out()
-            except _GONE:
+            except GONE:
                 return None
             if message is None:
                 return None
@@ -202,7 +202,7 @@ class Tunnel:
                 self._numbers += 1
                 stream, watch = (socket.socket(fileno=fd) for fd in fds)
                 await self._open(self._numbers, _Channel(stream, watch), data)
-        except _GONE:
+        except GONE:
             return
 
     async def _open(self, number: int, channel: _Channel, request: bytes) -> None:
@@ -226,7 +226,7 @@ class Tunnel:
 
     async def _from_stream(self, number: int, channel: _Channel) -> None:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(*_GONE):
+        with contextlib.suppress(*GONE):
             while True:
                 while channel.may_send <= 0:
                     channel.room.clear()
@@ -240,7 +240,7 @@ class Tunnel:
 
     async def _to_stream(self, number: int, channel: _Channel) -> None:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(*_GONE):
+        with contextlib.suppress(*GONE):
             while data := await channel.inbox.get():
                 await loop.sock_sendall(channel.stream, data)
                 channel.waiting -= len(data)
@@ -249,7 +249,7 @@ class Tunnel:
 
     async def _from_watch(self, number: int, channel: _Channel) -> None:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(*_GONE):
+        with contextlib.suppress(*GONE):
             while data := await loop.sock_recv(channel.watch, _DATAGRAM):
                 await self._send(WATCH, number, data)
             await self._send(UNWATCH, number)
