@@ -45,7 +45,7 @@ from actbox import (
     prune_containers,
 )
 from actbox import repl as prompt
-from actbox.events import Died, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
+from actbox.events import Died, Exceeded, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
 from actbox.terminal import CellPrinter, Console, OutputClosed, Signals, Stopped, one_line
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class ExitCode(enum.IntEnum):
     VIOLATION = 7
     UNAVAILABLE = 8
     HOST = 9
+    LIMIT = 10
 
 
 _EPILOG = """\
@@ -90,6 +91,7 @@ exit codes:
   7  the guest broke the rules of the wire
   8  the sandbox cannot be built here, or the environment is not there
   9  something else on this machine: the workspace, the port, the disk
+  10  the code went over one of the session's limits
   129, 141, 143  ended by SIGHUP; by a reader who left, as `| head` does; by SIGTERM
 
 Text from inside is made safe for a terminal: escape sequences are left out, other control characters are shown, a
@@ -344,6 +346,8 @@ def _code_for(outcome: Outcome | None) -> ExitCode:
             return ExitCode.INTERRUPTED
         case TimedOut():
             return ExitCode.TIMED_OUT
+        case Exceeded():
+            return ExitCode.LIMIT
         case Died():
             return ExitCode.DIED
         case Lost(violation=True):
@@ -364,6 +368,7 @@ _OUTCOMES = {
     ExitCode.VIOLATION: "protocol_violation",
     ExitCode.UNAVAILABLE: "unavailable",
     ExitCode.HOST: "host_error",
+    ExitCode.LIMIT: "limit_exceeded",
 }
 # Every document has every field. `outputs` are those of a notebook: bytes are base64, and `base64` names their types.
 _EMPTY: dict[str, Any] = {
@@ -377,6 +382,7 @@ _EMPTY: dict[str, Any] = {
     "signal": None,
     "exit_code": None,
     "memory_limit": None,
+    "limit": None,  # {"name", "bound", "use"}
     "execution_count": None,
     "duration": None,
     "restarted": False,
@@ -411,6 +417,9 @@ async def _follow_silently(execution: Execution, timeout: float) -> dict[str, An
             document |= {"execution_count": count, "state_kept": True}
         case Interrupted(state_kept) | TimedOut(_, state_kept):
             document["state_kept"] = state_kept
+        case Exceeded(overrun, state_kept):
+            limit = {"name": overrun.limit, "bound": overrun.bound, "use": overrun.use}
+            document |= {"limit": limit, "state_kept": state_kept}
         case Died(number, exit_code, _, memory_limit):
             document |= {"signal": number, "exit_code": exit_code, "memory_limit": memory_limit, "state_kept": False}
         case Lost() | None:

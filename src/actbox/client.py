@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -20,20 +21,23 @@ from actbox.errors import (
 from actbox.events import (
     Died,
     Error,
+    Exceeded,
     Failed,
     Finished,
     Interrupted,
     Lost,
     Outcome,
+    Overrun,
     TimedOut,
 )
 from actbox.execution import Execution, check_timeout
 from actbox.protocol import frames, messages
+from actbox.sessions import read_overrun
 from actbox.shielded import finish
 from actbox.transfer import FileTransfers
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Generator
     from pathlib import Path
     from types import TracebackType
 
@@ -53,8 +57,9 @@ _EXIT_SECONDS = 5.0
 class _Stop:
     """Why a running cell is being ended, and the timer that will kill its kernel."""
 
-    why: Literal["interrupt", "timeout"]
+    why: Literal["interrupt", "timeout", "limit"]
     timeout: float
+    overrun: Overrun | None = None
     timer: asyncio.TimerHandle | None = None
 
 
@@ -246,13 +251,33 @@ class ExecutionClient(FileTransfers):
                 self._lost_state = False
             self._cell += 1
             self._running_cell = self._cell
-            outcome = await self._run_in(execution, session, self._cell)
+            with self._bounded(execution, session):
+                outcome = await self._run_in(execution, session, self._cell)
             if outcome is not None:
                 return outcome
             # The kernel was gone before it began the cell: nothing has run, a fresh one can take it.
             if attempt:
                 return Died(reason="fresh kernels end before they begin a cell")
         return Lost("the client was disconnected")
+
+    @contextmanager
+    def _bounded(self, execution: Execution, session: Session) -> Generator[None]:
+        """End the cell when one of the session's limits is passed meanwhile."""
+
+        def end(overrun: Overrun) -> None:
+            self.stop(execution, "limit", overrun=overrun)
+
+        session.on_overrun = end
+        wall = session.limits.wall
+        timer = None
+        if wall is not None:
+            timer = asyncio.get_running_loop().call_later(wall, end, Overrun("wall", wall, wall))
+        try:
+            yield
+        finally:
+            session.on_overrun = None
+            if timer is not None:
+                timer.cancel()
 
     async def _live_session(self) -> Session:
         session = self._session
@@ -279,10 +304,10 @@ class ExecutionClient(FileTransfers):
             while (frame := await session.receive()) is not None:
                 message = messages.decode(frame)
                 match message:
-                    case messages.Reply(number, status, count, left_out) if number == cell:
+                    case messages.Reply(number, status, count, left_out, passed) if number == cell:
                         if execution.transfer is not None and left_out:
                             execution.transfer.left_out = left_out
-                        return self._ending(execution, status, count)
+                        return self._ending(execution, status, count, read_overrun(passed, session.limits))
                     case messages.Archive(number, data) if number == cell:
                         await execution.take_archive(data)
                     case messages.Reply() | messages.Ready() | messages.SetupFailed() | messages.Archive():
@@ -301,15 +326,19 @@ class ExecutionClient(FileTransfers):
                 await asyncio.wait([sending])
         return await self._after_end(execution, session, cell)
 
-    def _ending(self, execution: Execution, status: str, count: int) -> Outcome:
+    def _ending(self, execution: Execution, status: str, count: int, refused: Overrun | None) -> Outcome:
         stop = self._stops.get(id(execution))
         error = execution.fold.error if execution.fold is not None else None
         if stop is not None and stop.why == "timeout":
             return TimedOut(stop.timeout, state_kept=True)
+        if stop is not None and stop.overrun is not None:
+            return Exceeded(stop.overrun, state_kept=True)
         if stop is not None and status == "interrupted":
             return Interrupted(state_kept=True, error=error)
         if status == "ok":
             return Finished(count)
+        if refused is not None and error is not None:
+            return Exceeded(refused, state_kept=True, error=error)
         return Failed(error or Error("KeyboardInterrupt" if status == "interrupted" else "Error", "", ""), count)
 
     async def _after_end(self, execution: Execution, session: Session, cell: int) -> Outcome | None:
@@ -325,7 +354,11 @@ class ExecutionClient(FileTransfers):
             return _violation(exit_.violation)
         if exit_ is not None and exit_.gone:
             return Lost("the container is gone")
+        if exit_ is not None and exit_.overrun is not None:
+            return Exceeded(exit_.overrun, state_kept=False)
         if stop is not None:
+            if stop.overrun is not None:
+                return Exceeded(stop.overrun, state_kept=False)
             if stop.why == "timeout":
                 return TimedOut(stop.timeout, state_kept=False)
             return Interrupted(state_kept=False)
@@ -344,7 +377,13 @@ class ExecutionClient(FileTransfers):
 
     # -- ending cells --------------------------------------------------------------------------------------------
 
-    def stop(self, execution: Execution, why: Literal["interrupt", "timeout"], timeout: float = 0.0) -> None:
+    def stop(
+        self,
+        execution: Execution,
+        why: Literal["interrupt", "timeout", "limit"],
+        timeout: float = 0.0,
+        overrun: Overrun | None = None,
+    ) -> None:
         """End a cell: an interrupt first, and the kernel's death if that does not help. Returns at once."""
         if execution.outcome is not None or id(execution) in self._stops:
             return
@@ -354,7 +393,7 @@ class ExecutionClient(FileTransfers):
             self._queue.remove(execution)
             execution.end(_not_started(_Stop(why, timeout)))
             return
-        stop = _Stop(why, timeout)
+        stop = _Stop(why, timeout, overrun)
         self._stops[id(execution)] = stop
         execution.release()
         session = self._session

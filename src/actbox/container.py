@@ -27,16 +27,18 @@ from actbox.errors import (
 )
 from actbox.gateway import Gateway
 from actbox.link import Link
-from actbox.sessions import Exit
+from actbox.sessions import Exit, read_overrun
 from actbox.shielded import finish
 from actbox.spec import DEFAULT_TAG, Bind, ContainerSpec, Limits, check_key, make_binds
 from actbox.supervision import NestingRefused, Supervision
+from actbox.usage import DiskWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
     from types import TracebackType
 
     from actbox.engines.base import Boundary, Engine
+    from actbox.events import Overrun
     from actbox.protocol.frames import Frame
 
 logger = logging.getLogger(__name__)
@@ -280,7 +282,7 @@ class ExecutionContainer:
             boundary, supervision = None, self._supervision
             if supervision is None:
                 raise ConnectionError("the container is gone")
-        session = _LocalSession(self._spec.limits, supervision, boundary, self._sessions.discard)
+        session = _LocalSession(self._spec.limits, supervision, boundary, self._disk_watch(key), self._sessions.discard)
         self._sessions.add(session)
         try:
             await session.start(self._session_config(key))
@@ -288,6 +290,13 @@ class ExecutionContainer:
             await session.close()
             raise
         return session
+
+    def _disk_watch(self, key: str | None) -> DiskWatch | None:
+        """What watches the size of the session's private folder, if it has one."""
+        for bind in self._spec.binds:
+            if bind.per_key and not bind.readonly and key is not None:
+                return DiskWatch(bind.source, key, self._spec.limits)
+        return None
 
     def _session_config(self, key: str | None) -> dict[str, Any]:
         skills: list[str] = []
@@ -395,6 +404,7 @@ class _LocalSession:
         limits: Limits,
         supervision: Supervision,
         boundary: Boundary | None,
+        disk: DiskWatch | None,
         forget: Callable[[_LocalSession], None],
     ) -> None:
         self.limits = limits
@@ -402,6 +412,10 @@ class _LocalSession:
         self._own_boundary = boundary
         self._forget = forget
         self._loop = asyncio.get_running_loop()
+        self.on_overrun: Callable[[Overrun], None] | None = None
+        self._disk = disk
+        self._disk_watch: asyncio.Task[None] | None = None
+        self._overrun: Overrun | None = None
         self._link: Link | None = None
         self._watch: socket.socket | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -442,6 +456,11 @@ class _LocalSession:
     async def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
         if self._link is None:
             raise ConnectionResetError("the session was not started")
+        if header.get("type") == "execute":
+            if self.limits.cpu is not None:
+                self._order({"op": "cell"})
+            if self._disk is not None and (self._disk_watch is None or self._disk_watch.done()):
+                self._disk_watch = asyncio.create_task(self._watch_disk(self._disk))
         await self._link.send(header, payload)
 
     @property
@@ -467,6 +486,24 @@ class _LocalSession:
             self._supervision.stop()
             self._closing = asyncio.ensure_future(self._own_boundary.close())
 
+    async def _watch_disk(self, disk: DiskWatch) -> None:
+        """Look at the private folder for as long as it changes, and a while longer."""
+        while self._exit is None:
+            overrun = await disk.look()
+            if overrun is not None:
+                self._pass_on(overrun)
+            if disk.quiet:
+                return
+            await asyncio.sleep(disk.pause)
+
+    def _pass_on(self, overrun: Overrun) -> None:
+        """Have the cell ended that went over a limit; without one, the session."""
+        if self.on_overrun is not None:
+            self.on_overrun(overrun)
+        else:
+            self._overrun = overrun
+            self.kill()
+
     async def exited(self, timeout: float) -> Exit | None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._exited.wait(), timeout)
@@ -478,6 +515,8 @@ class _LocalSession:
             await self.exited(_EXIT_SECONDS)
         # A watcher that has not ended until now ends with this socket.
         self._stop_hearing()
+        if self._disk_watch is not None:
+            self._disk_watch.cancel()
         if self._link is not None:
             self._link.close()
         self._end_sandbox()
@@ -493,17 +532,27 @@ class _LocalSession:
             self._loop.call_soon_threadsafe(self._note_exit, Exit(gone=True))
 
     def _hear(self) -> None:
-        """The watcher's one message, or its end."""
+        """What the watcher says: of a limit that was passed, at last how the kernel ended; or the watcher's own end."""
         data = b""
         with contextlib.suppress(BlockingIOError, OSError):
             data = self._watch.recv(4096) if self._watch is not None else b""
-        self._stop_hearing()
         news: dict[str, Any] = json.loads(data) if data else {}
-        exit_ = Exit(news.get("status"), news.get("begun") or 0, killed=self._killed or bool(news.get("killed")))
+        if "over" in news:
+            overrun = read_overrun(news["over"], self.limits)
+            if overrun is not None:
+                self._pass_on(overrun)
+            return
+        self._stop_hearing()
+        exit_ = Exit(
+            news.get("status"),
+            news.get("begun") or 0,
+            killed=self._killed or bool(news.get("killed")),
+            overrun=read_overrun(news.get("limit"), self.limits) or self._overrun,
+        )
         if self._own_boundary is not None:
             self._note_exit(exit_ if exit_.killed or self._supervision.answers() else Exit(gone=True))
             self._end_sandbox()
-        elif not exit_.killed and (not data or _was_killed(exit_)):
+        elif not exit_.killed and exit_.overrun is None and (not data or _was_killed(exit_)):
             # Somebody killed it: itself, the system, or whoever is just now killing the whole container.
             self._loop.call_later(_SUDDEN_SECONDS, self._note_sudden_exit, exit_)
         else:
@@ -520,7 +569,7 @@ class _LocalSession:
 
     def _note_exit(self, exit_: Exit) -> None:
         # A kernel may kill itself; that the machine killed something for memory meanwhile tells the other case.
-        if _was_killed(exit_) and oom_kills() > self._oom_kills:
+        if _was_killed(exit_) and exit_.overrun is None and oom_kills() > self._oom_kills:
             exit_ = replace(exit_, memory_limit=self.limits.memory)
         if self._exit is None:
             self._exit = Exit(gone=True) if self._gone else exit_

@@ -21,6 +21,7 @@
     ├── TransferRefused                       a path inside, or what came from it, that cannot be transferred
     ├── ExecutionTimeout (TimeoutError)       a cell outlived its time; says whether the state was kept
     └── ExecutionError                        the cell ended badly
+        ├── LimitExceeded                     the session went over one of its limits: which, and by how much
         ├── ExecutionInterrupted              `interrupt()` or a cancelled task stopped it
         └── KernelDied                        the kernel process ended: signal or exit code
 
@@ -55,6 +56,7 @@ __all__ = [
     "InvalidArgument",
     "InvalidKey",
     "KernelDied",
+    "LimitExceeded",
     "LocalPathError",
     "LocalPathMissing",
     "PortInUse",
@@ -276,6 +278,46 @@ class ExecutionError(ActboxError):
         self.colored_trace = colored_trace
         self.text = text
         super().__init__(message)
+
+
+class LimitExceeded(ExecutionError):
+    """A cell went over one of its session's limits.
+
+    `limit` names it as `Limits` does, `bound` is that limit and `use` what was in use when it was passed, or when more
+    was refused; bytes, seconds or a number of things, as the limit has it. If the system refused the code more, `name`,
+    `value` and `trace` are those of the exception that it got (`MemoryError` and the like), and the state is kept.
+    Otherwise the cell was interrupted; `state_kept` is False if its kernel had to be killed.
+    """
+
+    def __init__(
+        self,
+        limit: str,
+        bound: float,
+        use: float,
+        *,
+        state_kept: bool,
+        trace: str | None = None,
+        name: str | None = None,
+        value: str | None = None,
+        text: str | None = None,
+    ) -> None:
+        self.limit = limit
+        self.bound = bound
+        self.use = use
+        self.state_kept = state_kept
+        got = f"{name}: {value}; " if name and value else f"{name}; " if name else ""
+        fate = "the session's state is kept" if state_kept else "the kernel was killed; the session's state is lost"
+        message = f"{got}over the limit {limit} of {amount(limit, bound)}, with {amount(limit, use)} in use: {fate}"
+        super().__init__(message, trace, name=name, value=value, text=text)
+
+
+def amount(limit: str, number: float) -> str:
+    """A limit's number with its unit."""
+    if limit in ("cpu", "wall"):
+        return f"{number:g} s"
+    if limit in ("memory", "disk", "file_size", "tmp", "shm"):
+        return f"{number / (1 << 20):.1f} MiB"
+    return f"{number:g}"
 
 
 class ExecutionInterrupted(ExecutionError):

@@ -119,6 +119,28 @@ class Died:
 
 
 @dataclass(frozen=True, slots=True)
+class Overrun:
+    """A limit that was passed: its name as in `Limits`, its bound, and what was in use, both in the limit's unit."""
+
+    limit: str
+    bound: float
+    use: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exceeded:
+    """It went over one of the session's limits.
+
+    `error` is the exception that the cell got, if the system refused it more (`MemoryError` and the like); otherwise it
+    was interrupted, and its kernel was killed if `state_kept` is False.
+    """
+
+    overrun: Overrun
+    state_kept: bool
+    error: Error | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """The container is gone, or broke the rules of the wire: whether the cell had its effects is unknown."""
 
@@ -126,4 +148,4 @@ class Lost:
     violation: bool = False
 
 
-Outcome = Finished | Failed | Interrupted | TimedOut | Died | Lost
+Outcome = Finished | Failed | Interrupted | TimedOut | Exceeded | Died | Lost

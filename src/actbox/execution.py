@@ -20,6 +20,7 @@ from actbox.errors import (
     ExecutionTimeout,
     InvalidArgument,
     KernelDied,
+    LimitExceeded,
     ProtocolError,
 )
 from actbox.events import (
@@ -27,6 +28,7 @@ from actbox.events import (
     DisplayData,
     Error,
     Event,
+    Exceeded,
     ExecuteResult,
     Failed,
     Finished,
@@ -391,6 +393,17 @@ class Execution:
                 raise ExecutionInterrupted(state_kept=state_kept, trace=trace, text=result.text, what=what)
             case TimedOut(timeout, state_kept, started):
                 raise ExecutionTimeout(timeout, state_kept=state_kept, started=started, text=result.text, what=what)
+            case Exceeded(overrun, state_kept, error):
+                raise LimitExceeded(
+                    overrun.limit,
+                    overrun.bound,
+                    overrun.use,
+                    state_kept=state_kept,
+                    trace=strip_ansi(error.traceback) if error else None,
+                    name=error.name if error else None,
+                    value=error.value if error else None,
+                    text=result.text,
+                )
             case Died(signal, exit_code, reason, memory_limit):
                 raise KernelDied(
                     signal=signal, exit_code=exit_code, reason=reason, memory_limit=memory_limit, text=result.text

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from actbox.client import Execution, ExecutionClient
 from actbox.container import ExecutionContainer
 from actbox.dotenv import dotenv_variables
-from actbox.events import Died, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
+from actbox.events import Died, Exceeded, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
 from actbox.files import ImageFolder
 from actbox.logger import Logger
 from actbox.result import strip_ansi
@@ -272,6 +272,8 @@ def describe(outcome: Outcome, what: str = "cell") -> str:
             return f"{what} {count} failed: {error.name}" if what == "cell" else f"{what} failed"
         case Interrupted(state_kept):
             return f"{what} interrupted, state {'kept' if state_kept else 'lost'}"
+        case Exceeded(overrun, state_kept):
+            return f"cell went over the limit {overrun.limit}, state {'kept' if state_kept else 'lost'}"
         case TimedOut(timeout, state_kept):
             return f"{what} timed out after {timeout:g} s, state {'kept' if state_kept else 'lost'}"
         case Died():

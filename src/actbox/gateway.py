@@ -21,7 +21,9 @@ from actbox.sessions import Door, Exit
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
+    from actbox.events import Overrun
     from actbox.protocol.frames import Frame
     from actbox.sessions import Session
 
@@ -31,7 +33,7 @@ _HELLO_SECONDS = 5.0
 _HELLO_PAYLOAD = 4096
 _MAX_STRANGERS = 64
 # What a gateway says itself; a kernel that says it lies.
-_GATEWAY_TYPES = frozenset({"welcome", "refused", "exited", "pong"})
+_GATEWAY_TYPES = frozenset({"welcome", "refused", "exited", "pong", "overrun"})
 _EXIT_SECONDS = 5.0
 _MAX_CELL = 1 << 53
 
@@ -129,6 +131,7 @@ class Gateway:
     async def _relay(self, link: Link, session: Session) -> None:
         try:
             await link.send({"type": "welcome", "limits": asdict(session.limits)})
+            session.on_overrun = _telling(link)
             outward = asyncio.create_task(_outward(session, link))
             inward = asyncio.create_task(_inward(link, session))
             try:
@@ -141,6 +144,23 @@ class Gateway:
         finally:
             await session.close()
         await link.close_gracefully()
+
+
+def _telling(link: Link) -> Callable[[Overrun], None]:
+    """Tells the client of a limit that was passed."""
+    telling: set[asyncio.Task[None]] = set()
+
+    def tell(overrun: Overrun) -> None:
+        task = asyncio.create_task(_try_to_send(link, {"type": "overrun", **asdict(overrun)}))
+        telling.add(task)
+        task.add_done_callback(telling.discard)
+
+    return tell
+
+
+async def _try_to_send(link: Link, header: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        await link.send(header)
 
 
 async def _inward(link: Link, session: Session) -> None:

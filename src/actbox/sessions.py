@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actbox.errors import ConnectionError, ProtocolError, SandboxUnavailable
+from actbox.events import Overrun
 from actbox.link import Link
 from actbox.protocol import messages
 from actbox.spec import Limits
@@ -25,6 +26,9 @@ READY_SECONDS = 60.0
 _TCP_SECONDS = 10.0
 # A client that has heard nothing for this many heartbeats takes the link for dead.
 _MISSED_BEATS = 3
+# What can be passed: names of fields of `Limits`.
+OVERRUNS = frozenset({"memory", "cpu", "pids", "disk", "files", "wall", "open_files", "file_size", "tmp", "shm"})
+_MOST = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,8 @@ class Exit:
 
     `status` is the kernel's wait status, None if it was not the kernel that ended; `begun` the last cell that it had
     begun; `killed` says that the host asked for it; `gone` that the whole container went; `memory_limit` is set when
-    the machine ran out of memory then; `violation` says which rule of the wire a gateway saw broken.
+    the machine ran out of memory then; `overrun` says which limit of the session's was passed, if that is why;
+    `violation` says which rule of the wire a gateway saw broken.
     """
 
     status: int | None = None
@@ -41,6 +46,7 @@ class Exit:
     killed: bool = False
     gone: bool = False
     memory_limit: int | None = None
+    overrun: Overrun | None = None
     violation: str | None = None
 
 
@@ -48,6 +54,8 @@ class Session(Protocol):
     """One kernel, seen from its client."""
 
     limits: Limits
+    on_overrun: Callable[[Overrun], None] | None
+    """Called when a limit is passed that ends a cell but need not end the session; set by the client."""
 
     async def receive(self) -> Frame | None:
         """The kernel's next frame; None once it is gone. Raises `ProtocolError`."""
@@ -157,6 +165,16 @@ async def _connect_tcp(port: int, host: str, *, key: str | None, token: str | No
     return session
 
 
+def read_overrun(told: object, limits: Limits) -> Overrun | None:
+    """What was passed, of {"limit", "use"}: the bound is our own word."""
+    match told:
+        case {"limit": str(name), "use": int() | float() as use} if name in OVERRUNS and not isinstance(use, bool):
+            bound = getattr(limits, name)
+            return None if bound is None or not 0 <= use < _MOST else Overrun(name, bound, use)
+        case _:
+            return None
+
+
 def _is_pong(frame: Frame) -> bool:
     """A gateway's sign of life: that it arrived is all it says."""
     return frame.header.get("type") == "pong"
@@ -170,6 +188,7 @@ class _RemoteSession:
 
     def __init__(self, link: Link, heartbeat: float) -> None:
         self.limits = Limits()
+        self.on_overrun: Callable[[Overrun], None] | None = None
         self._link = link
         self._heartbeat = heartbeat
         self._exit: Exit | None = None
@@ -221,6 +240,11 @@ class _RemoteSession:
                     self._exit = Exit(gone=True)
                 self._exited.set()
                 return None
+            if frame.header.get("type") == "overrun":
+                overrun = read_overrun(frame.header, self.limits)
+                if overrun is not None and self.on_overrun is not None:
+                    self.on_overrun(overrun)
+                continue
             if frame.header.get("type") == "exited":
                 fact = frame.header
                 limit = fact.get("memory_limit")
@@ -232,6 +256,7 @@ class _RemoteSession:
                     killed=fact.get("killed") is True,
                     gone=fact.get("gone") is True,
                     memory_limit=limit if isinstance(limit, int) else None,
+                    overrun=read_overrun(fact.get("overrun"), self.limits),
                     violation=fact.get("violation") and str(fact["violation"])[:300],
                 )
                 self._exited.set()

@@ -31,13 +31,19 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on one session; going over ends in a typed outcome or an ordinary Python error inside.
+    """Bounds on one session, the same on every engine; going over ends the cell with `LimitExceeded`.
 
     Attributes:
-        memory: bytes of private memory (`RLIMIT_DATA`) beyond which an allocation raises `MemoryError`; the address
-            space (`RLIMIT_AS`) is bounded to four times that. Default 4 GiB.
+        memory: bytes. One process that asks for more private memory (`RLIMIT_DATA`) gets a `MemoryError`; its address
+            space (`RLIMIT_AS`) is bounded to four times that. If all processes of the session together hold more, the
+            session's kernel is killed: looked at every 0.25 s while it works, every 2 s at the latest. Default 4 GiB.
+        cpu: seconds of processor time that one cell may use in all its processes; None for no bound, the default.
         pids: processes and threads at one time (`RLIMIT_NPROC` in the session's own user namespace). Default 256.
         open_files: file descriptors of one process (`RLIMIT_NOFILE`). Default 1024.
+        disk: bytes that the session's private folder may hold; what it held before counts. Where the host does not see
+            the folder there is none. Default 8 GiB.
+        files: files and folders that it may hold. Default 200 000.
+        wall: seconds that one cell may take, whatever timeout its caller gives; None for no bound, the default.
         file_size: bytes of any one file written (`RLIMIT_FSIZE`). Default 1 GiB.
         tmp: bytes of `/tmp`, and of `/app` where no workspace is mounted. Default 256 MiB.
         shm: bytes of `/dev/shm`. Default 64 MiB.
@@ -46,7 +52,11 @@ class Limits:
     """
 
     memory: int = 4096 * MIB
+    cpu: float | None = None
     pids: int = 256
+    disk: int = 8192 * MIB
+    files: int = 200_000
+    wall: float | None = None
     open_files: int = 1024
     file_size: int = 1024 * MIB
     tmp: int = 256 * MIB
@@ -57,11 +67,20 @@ class Limits:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
+            if entry.name in ("cpu", "wall"):
+                if value is not None and not _is_seconds(value):
+                    raise InvalidArgument(f"limits.{entry.name}", value, "pass a positive number of seconds, or None")
+                continue
             if type(value) is not int or not _SMALLEST.get(entry.name, 1) <= value < 1 << 62:
                 least = _SMALLEST.get(entry.name, 1)
                 raise InvalidArgument(f"limits.{entry.name}", value, f"pass a whole number of at least {least}")
 
 
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LONGEST
+
+
+_LONGEST = 1e9
 # Below these a Python session cannot even start, or a result cannot say what it left out.
 _SMALLEST = {"memory": 256 * MIB, "pids": 8, "open_files": 64, "tmp": MIB, "shm": 4096, "output": 1024, "media": 1024}
 

@@ -93,7 +93,7 @@ def enter_namespaces() -> None:
             raise LayerError("nested user namespace", exc.errno, f"{name}: {exc.strerror}") from exc
 
 
-def build_root(binds: list[dict[str, Any]], key: str | None, limits: dict[str, int]) -> None:
+def build_root(binds: list[dict[str, Any]], key: str | None, limits: dict[str, Any]) -> None:
     """Replace the root by a fresh one. Call it as pid 1 of the namespaces that `enter_namespaces` made.
 
     Args:
@@ -210,7 +210,7 @@ def raise_loopback() -> None:
         fcntl.ioctl(probe, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | _IFF_UP))
 
 
-def set_limits(limits: dict[str, int]) -> None:
+def set_limits(limits: dict[str, Any]) -> None:
     """Bound this process and all it will start; see `Limits` on the host's side for the meaning of each."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         # The session is what to kill when the machine runs out of memory. Raising it needs no right.

@@ -26,6 +26,7 @@ from . import shell as shells
 from .interrupts import Interrupts
 from .output import Channel
 from .places import Refused
+from .refusals import refused_by
 from .transfer import REQUESTS, Transfers
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Kernel:
         self._shell = shell
         self._reloader = reloader
         self._pid = os.getpid()
+        self._limits: dict[str, Any] = {}
         self._interrupts = Interrupts(page)
         self._channel = Channel(stream, pipes, self._interrupts)
         self._transfers = Transfers(self._channel, self._interrupts, self._receive)
@@ -68,6 +70,7 @@ class Kernel:
         self._channel.start()
         shells.connect(self._channel)
         _prepare_process(start)
+        self._limits = start["limits"]
         self._shell.user_ns["_dh"][:] = [pathlib.Path(start["cwd"])]
         self._reloader.watch(start["skills"], self._interrupts)
         gc.enable()
@@ -121,6 +124,9 @@ class Kernel:
             reply["status"] = "interrupted"
         elif error is not None and not shells.ended_well(error):
             reply["status"] = "error"
+            limit = refused_by(error, self._limits)
+            if limit is not None:
+                reply["limit"] = limit
         if reply["status"] != "ok" and not shells.outputs.told_error and error is not None:
             shells.send_error(*shells.in_short(error))
         reply["execution_count"] = self._shell.execution_count - 1

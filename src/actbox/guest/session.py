@@ -22,12 +22,13 @@ import os
 import select
 import signal
 import socket
+import time
 import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..protocol import frames
-from . import interrupts, isolation
+from . import interrupts, isolation, usage
 from .caches import plant
 from .kernel import Kernel, close_other_files
 
@@ -96,7 +97,8 @@ def _run_second(start: Start) -> NoReturn:
             _fail(sockets.stream, exc)
             raise
         sockets.stream.close()
-        _stand_watch(sockets.watch, page, kernel, children)
+        # In a pid namespace of its own this process is 1; otherwise what came before it is not the session's.
+        _stand_watch(sockets.watch, page, kernel, children, usage.Meter(limits, os.getpid()))
     except BaseException:  # noqa: BLE001 - see run_first; the host knows already, or is gone
         os._exit(70)
     finally:
@@ -115,22 +117,35 @@ def _note_signal(_number: int, _frame: FrameType | None) -> None:
     """A handler must stand for the wake-up descriptor to be written to."""
 
 
-def _stand_watch(watch: socket.socket, page: mmap.mmap, kernel: int, children: int) -> None:
-    """Serve the host's orders until the kernel or the host is gone; tell the host how the kernel ended."""
+def _stand_watch(watch: socket.socket, page: mmap.mmap, kernel: int, children: int, meter: usage.Meter) -> None:
+    """Serve the host's orders until the kernel or the host is gone; tell the host how the kernel ended.
+
+    Look meanwhile at what the session uses. Memory beyond its bound ends it at once; processor time is told to the
+    host, which interrupts the cell.
+    """
     poller = select.poll()
     poller.register(watch, select.POLLIN)
     poller.register(children, select.POLLIN)
     killed = False
+    limit: dict[str, Any] | None = None
+    deadline = time.monotonic() + meter.pause / 1000
     while True:
-        for fd, _ in poller.poll():
+        events = poller.poll(max(0, 1000 * (deadline - time.monotonic())))
+        if time.monotonic() >= deadline:
+            over = meter.look()
+            deadline = time.monotonic() + meter.pause / 1000
+            if over is not None and over.name == "memory":
+                limit = {"limit": over.name, "use": over.use}
+                os.kill(kernel, signal.SIGKILL)
+            elif over is not None:
+                _tell(watch, {"over": {"limit": over.name, "use": over.use}})
+        for fd, _ in events:
             if fd == children:
                 with contextlib.suppress(BlockingIOError):
                     os.read(children, 4096)
                 status = _reap(kernel)
                 if status is not None:
-                    news = {"status": status, "killed": killed, "begun": interrupts.begun(page)}
-                    with contextlib.suppress(OSError):
-                        watch.send(json.dumps(news).encode())
+                    _tell(watch, {"status": status, "killed": killed, "begun": interrupts.begun(page), "limit": limit})
                     return
                 continue
             order = watch.recv(_DATAGRAM)
@@ -140,9 +155,17 @@ def _stand_watch(watch: socket.socket, page: mmap.mmap, kernel: int, children: i
                 case {"op": "interrupt", "cell": int(cell)}:
                     interrupts.set_target(page, cell)
                     interrupts.forward(page, kernel)
+                case {"op": "cell"}:
+                    meter.begin_cell()
+                    deadline = time.monotonic() + meter.pause / 1000
                 case _:
                     killed = True
                     os.kill(kernel, signal.SIGKILL)
+
+
+def _tell(watch: socket.socket, news: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        watch.send(json.dumps(news).encode())
 
 
 def _reap(kernel: int) -> int | None:

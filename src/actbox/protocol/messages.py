@@ -53,12 +53,16 @@ class Archive:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The end of a cell or transfer; comes behind its last output. `left_out` names what an archive could not hold."""
+    """The end of a cell or transfer; comes behind its last output.
+
+    `left_out` names what an archive could not hold; `passed` is what the guest says of a limit that stopped it.
+    """
 
     id: int
     status: str
     execution_count: int
     left_out: tuple[str, ...] = ()
+    passed: object = None
 
 
 Message = Ready | SetupFailed | Reply | Archive | Event
@@ -91,7 +95,13 @@ def decode(frame: Frame) -> Message:
         case "execute_reply":
             status = _text(header, "status")
             if status in ("ok", "error", "interrupted"):
-                return Reply(_number(header, "id"), status, _number(header, "execution_count"), _names(header))
+                return Reply(
+                    _number(header, "id"),
+                    status,
+                    _number(header, "execution_count"),
+                    _names(header),
+                    header.get("limit"),
+                )
         case "archive":
             if len(frame.payload) <= MAX_PIECE:
                 return Archive(_number(header, "id"), frame.payload)
