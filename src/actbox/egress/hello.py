@@ -1,12 +1,14 @@
 """The ClientHello, the first thing that a TLS client says: which server it names. No I/O.
 
 CONNECT names a host, but behind one address there are many, and the ClientHello says which is meant; unless the two are
-one, the allow-list says nothing. OpenSSL reads it here, as a server would, and gives up once it has the name. A second,
-shorter reading must agree to the byte, and finds what OpenSSL passes over: that the real name is hidden.
+one, the allow-list says nothing. It is read twice, and both readings must agree to the byte: strictly and briefly here,
+which also finds a name that is hidden, and by OpenSSL, as a server would read it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import re
 import ssl
 import struct
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ _HIDING = frozenset({0xFE0D, 0xFFCE})  # RFC 9849: encrypted_client_hello; and i
 _HANDSHAKE = 22  # RFC 8446, section 5.1
 _CLIENT_HELLO = 1
 _HOST_NAME = 0
+_RECORD = struct.Struct("!BBBH")  # kind, version, length
+_NAMED = struct.Struct("!HBH")  # length of the list, kind, length of the name
+_VISIBLE = re.compile(rb"[!-~]{1,255}")
 # Before these stand the version and the random bytes.
 _FIXED = 2 + 32
 _ACCESS_DENIED = 49
@@ -49,17 +54,14 @@ class NotTLS(ValueError):
 class HelloReader:
     """Takes the bytes of a connection as they come, until the ClientHello is whole.
 
-    State: `_data`, all bytes so far; `_tls`, OpenSSL's reading of them through `_incoming`; `_names`, what it found:
-    one entry once the hello is whole, None for no name.
+    State: `_data`, all bytes so far; `_next`, where in them the next record begins; `_message`, what the records before
+    it held.
     """
 
     def __init__(self) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.sni_callback = self._found
-        self._names: list[str | None] = []
         self._data = bytearray()
-        self._incoming = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, ssl.MemoryBIO(), server_side=True)
+        self._next = 0
+        self._message = bytearray()
 
     def feed(self, data: bytes) -> Hello | None:
         """The ClientHello, once it is whole; None until then.
@@ -68,30 +70,44 @@ class HelloReader:
             NotTLS: these bytes, or as many as 16 KiB, are no ClientHello.
         """
         self._data += data
-        self._incoming.write(data)
+        while (length := self._missing()) is None or length > 0:
+            if not self._take_record():
+                if len(self._data) > MOST_BYTES:
+                    raise NotTLS("too long")
+                return None
         try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            if len(self._data) > MOST_BYTES:
-                raise NotTLS("too long") from None
-            return None
-        except ssl.SSLError as exc:
-            if not self._names:
-                raise NotTLS("not a ClientHello") from exc
-        if not self._names:
-            raise NotTLS("not a ClientHello")
-        name = self._names[0]
-        try:
-            extensions = _extensions(_client_hello(bytes(self._data)))
+            extensions = _extensions(bytes(self._message[4 : len(self._message) + (length or 0)]))
         except (IndexError, struct.error) as exc:
             raise NotTLS("not a ClientHello") from exc
-        if extensions.get(_SERVER_NAME) != (None if name is None else _as_extension(name)):
+        name = _server_name(extensions)
+        if _as_openssl_reads(bytes(self._data)) != [name]:
             raise NotTLS("a ClientHello that can be read in two ways")
         return Hello(name, hides=not _HIDING.isdisjoint(extensions))
 
-    def _found(self, _tls: ssl.SSLObject, name: str | None, _context: ssl.SSLContext) -> int:
-        self._names.append(name)
-        return _UNRECOGNISED_NAME  # enough: the handshake ends here
+    def _missing(self) -> int | None:
+        """How many bytes of the message are still to come, less than 0 if there are more; None if it cannot be told."""
+        if len(self._message) < 4:  # noqa: PLR2004 - its type and length
+            return None
+        if self._message[0] != _CLIENT_HELLO:
+            raise NotTLS("not a ClientHello")
+        return 4 + int.from_bytes(self._message[1:4]) - len(self._message)
+
+    def _take_record(self) -> bool:
+        """Move the next record into the message; False if it has not come yet."""
+        head = self._data[self._next : self._next + _RECORD.size]
+        if head and head[0] != _HANDSHAKE:
+            raise NotTLS("not a ClientHello")
+        if len(head) < _RECORD.size:
+            return False
+        _, major, _, length = _RECORD.unpack(head)
+        if major != 3 or not 0 < length <= MOST_BYTES:  # noqa: PLR2004 - of SSL 3 and every TLS
+            raise NotTLS("not a ClientHello")
+        end = self._next + _RECORD.size + length
+        if len(self._data) < end:
+            return False
+        self._message += self._data[self._next + _RECORD.size : end]
+        self._next = end
+        return True
 
 
 def judge(hello: Hello, target: Target) -> Refusal | None:
@@ -118,30 +134,15 @@ def alert(refusal: Refusal) -> bytes:
     return bytes((21, 3, 3, 0, 2, 2, code))  # RFC 8446, section 6: an alert record, fatal
 
 
-# -- the second reading ---------------------------------------------------------------------------------------------
-
-
-def _client_hello(data: bytes) -> bytes:
-    """The body of the ClientHello, put together from the records that it came in.
-
-    Raises:
-        IndexError, struct.error, NotTLS: it is none, or not whole.
-    """
-    message = b""
-    at = 0
-    while len(message) < 4 or len(message) < 4 + int.from_bytes(message[1:4]):  # noqa: PLR2004 - type and length
-        kind, major, _, length = struct.unpack_from("!BBBH", data, at)
-        if kind != _HANDSHAKE or major != 3 or not length or at + 5 + length > len(data):  # noqa: PLR2004 - SSL 3, TLS
-            raise NotTLS("not a ClientHello")
-        message += data[at + 5 : at + 5 + length]
-        at += 5 + length
-    if message[0] != _CLIENT_HELLO:
-        raise NotTLS("not a ClientHello")
-    return message[4 : 4 + int.from_bytes(message[1:4])]
+# -- the two readings -----------------------------------------------------------------------------------------------
 
 
 def _extensions(hello: bytes) -> dict[int, bytes]:
-    """The extensions, by their numbers. Raises like `_client_hello`."""
+    """The extensions of a ClientHello's body, by their numbers.
+
+    Raises:
+        IndexError, struct.error, NotTLS: it is none.
+    """
     at = _FIXED
     at += 1 + hello[at]  # the session's number
     at += 2 + struct.unpack_from("!H", hello, at)[0]  # the ciphers
@@ -161,7 +162,29 @@ def _extensions(hello: bytes) -> dict[int, bytes]:
     return found
 
 
-def _as_extension(name: str) -> bytes:
-    """A server_name extension that holds this one name and nothing else."""
-    raw = name.encode()
-    return struct.pack("!HBH", len(raw) + 3, _HOST_NAME, len(raw)) + raw
+def _server_name(extensions: dict[int, bytes]) -> str | None:
+    """The one name in the extension for it."""
+    body = extensions.get(_SERVER_NAME)
+    if body is None:
+        return None
+    name = body[_NAMED.size :]
+    if body[: _NAMED.size] != _NAMED.pack(len(name) + 3, _HOST_NAME, len(name)) or not _VISIBLE.fullmatch(name):
+        raise NotTLS("a server name that is none")
+    return name.decode("ascii")
+
+
+def _as_openssl_reads(data: bytes) -> list[str | None]:
+    """The names that a server finds in a connection's first bytes: one, None for none; or no entry if it gives up."""
+    names: list[str | None] = []
+
+    def found(_tls: ssl.SSLObject, name: str | None, _context: ssl.SSLContext) -> int:
+        names.append(name)
+        return _UNRECOGNISED_NAME  # enough: the handshake ends here
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sni_callback = found
+    incoming = ssl.MemoryBIO()
+    incoming.write(data)
+    with contextlib.suppress(ssl.SSLError):
+        context.wrap_bio(incoming, ssl.MemoryBIO(), server_side=True).do_handshake()
+    return names

@@ -29,8 +29,6 @@ from typing import TYPE_CHECKING
 import aiodocker
 import aiohttp
 
-from actbox.shielded import finish
-
 if TYPE_CHECKING:
     from aiodocker.stream import Stream
 
@@ -130,7 +128,7 @@ class Tunnel:
         finally:
             # The container is gone, or of no more use: whoever holds a socket of it learns that from the socket.
             if not self._closed:
-                await finish(self._end())
+                await self._end()
 
     def _take(self, kind: int, number: int, body: bytes) -> None:
         if kind == CONTROL:
