@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rounds
+
 from actbox import CodeExecutionContainer, CodeExecutor
 
 if TYPE_CHECKING:

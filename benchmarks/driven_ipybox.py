@@ -9,9 +9,8 @@ import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from ipybox import ExecutionClient, ExecutionContainer
-
 import rounds
+from ipybox import ExecutionClient, ExecutionContainer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -21,9 +21,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from uv import find_uv_bin
-
 from rounds import Driver, Round
+from uv import find_uv_bin
 
 NAME = "ipybox 0.3.2"
 BASE = "actbox-ci/base:1"
@@ -104,7 +103,9 @@ def _image(python: Path) -> str:
         subprocess.run([find_uv_bin(), "pip", "install", "--quiet", *options, *_INSIDE], check=True)
         # The builder that every daemon has; the other one would be one more thing to install.
         build = ["docker", "build", "--network=none", f"--tag={tag}", context]
-        done = subprocess.run(build, check=False, capture_output=True, text=True, env=os.environ | {"DOCKER_BUILDKIT": "0"})
+        done = subprocess.run(
+            build, check=False, capture_output=True, text=True, env=os.environ | {"DOCKER_BUILDKIT": "0"}
+        )
         if done.returncode:
             raise SystemExit(f"the image of {NAME} cannot be built:\n{done.stdout}{done.stderr}")
     return tag

@@ -107,7 +107,11 @@ def serve(contender: Contender) -> None:
 
     SIGTERM ends a round in order, as SIGINT does.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def interrupt(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, interrupt)
     with contextlib.suppress(KeyboardInterrupt):
         for line in sys.stdin:
             print(json.dumps(asdict(asyncio.run(measure(contender, int(line))))), flush=True)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
+import re
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import sandboxes
 from hypothesis import settings
 
 from actbox import (
@@ -18,16 +23,36 @@ from actbox import (
     ExecutionContainer,
     SandboxUnavailable,
 )
+from actbox.engines import bubblewrap
+from actbox.engines.docker import boot
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
 
 # A busy machine may take its time over an example.
 settings.register_profile("actbox", deadline=None)
 settings.load_profile("actbox")
 
 _numbers = itertools.count(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marks of this suite."""
+    config.addinivalue_line("markers", "engines(name, ...): the test is about these engines, and runs on no other")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is about one engine where the engine is another."""
+    left_out: list[pytest.Item] = []
+    for item in items:
+        mark = item.get_closest_marker("engines")
+        if mark is not None:
+            assert isinstance(item, pytest.Function)
+            assert hasattr(item, "callspec"), f"{item.nodeid} needs the fixture 'engine' for its mark"
+            if item.callspec.params["engine"] not in mark.args:
+                left_out.append(item)
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +67,8 @@ async def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     try:
         async with ExecutionContainer(engine=name, preload=()):
+            if name == "docker":
+                await sandboxes.find_docker()
             return name
     except (SandboxUnavailable, EnvironmentBuildError, EnvironmentNotFound) as exc:
         if os.environ.get("CI"):
@@ -87,3 +114,28 @@ def make_executor(
 def workspace_path(tmp_path: Path) -> Path:
     """A folder for a container of the test's own."""
     return tmp_path / "workspace"
+
+
+@pytest.fixture
+def change_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
+    """Changes a file of the guest's by a regular expression that must match once, for containers that start then.
+
+    The changed copy takes the place of the real one: with bubblewrap as the folder that is bound, with Docker as the
+    code that is handed over.
+    """
+    package = tmp_path / "package"
+
+    def change(file: str, pattern: str, new: str) -> None:
+        if not package.exists():
+            for part in ("guest", "protocol"):
+                source = Path(boot.__file__).parents[2] / part
+                shutil.copytree(source, package / part, ignore=shutil.ignore_patterns("__pycache__"))
+            monkeypatch.setattr(bubblewrap, "_PACKAGE", package)
+            monkeypatch.setattr(boot, "_PACKAGE", package)
+        place = package / "guest" / file
+        text, changes = re.subn(pattern, new, place.read_text(encoding="utf-8"))
+        assert changes == 1, f"{file} has changed: adapt the test"
+        place.write_text(text, encoding="utf-8")
+        monkeypatch.setattr(boot, "bundle", functools.cache(boot.bundle.__wrapped__))
+
+    return change

@@ -32,7 +32,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 def required() -> None:
     """Skip the test where it may not start a daemon or there is none to start; as root in CI, fail it."""
     reason = "only root can start a Docker daemon" if os.geteuid() else ""
-    for program in ("docker", "dockerd"):
+    for program in ("docker", "dockerd", "ip", "mount"):
         if not reason and shutil.which(program) is None:
             reason = f"no {program} is installed"
     if reason and os.environ.get("CI") and os.geteuid() == 0:
@@ -57,10 +57,10 @@ class PrivateDaemon:
 
     With `megabytes` the data, containers' files included, are on a file system of that size. `options` are further
     ones of dockerd's, like `--max-download-attempts=1`, without which a pull that fails is tried for a minute. Its
-    containers have no network but "none" and "host". It knows runsc if that is installed.
+    containers' networks lead no further than this machine. It knows runsc if that is installed.
 
     Leaving the context ends whatever it started, containers included, whether it was killed or not, and removes every
-    mount, cgroup and file. Nothing here waits longer than a minute. State: the running dockerd, if any.
+    mount, cgroup, network device and file. Nothing here waits longer than a minute. State: the running dockerd, if any.
     """
 
     def __init__(self, folder: Path, *, megabytes: int | None = None, options: Sequence[str] = ()) -> None:
@@ -97,13 +97,17 @@ class PrivateDaemon:
         with contextlib.ExitStack() as stack:
             self.folder.mkdir()
             stack.callback(shutil.rmtree, self.folder)
-            # dockerd, containerd and the shims carry its name in their arguments: that is how they are found again.
+            # dockerd, containerd and the shims carry its name in their arguments: that is how they are found again. It
+            # is as long as a network device's may be.
             self._run = Path(tempfile.mkdtemp(prefix="actbox-", dir="/run"))
             stack.callback(shutil.rmtree, self._run)
             (self.folder / "data").mkdir()
             if self._megabytes:
                 size = f"size={self._megabytes}m"
                 subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", self.folder / "data"], check=True)
+            # Of its own: with the default one, or none, it would share or delete that of the machine's daemon.
+            subprocess.run(["ip", "link", "add", self._run.name, "type", "bridge"], check=True)
+            stack.callback(subprocess.run, ["ip", "link", "delete", self._run.name], check=True)
             stack.callback(_remove_cgroups, self._run.name)
             stack.callback(_unmount_below, self.folder, self._run)
             stack.callback(self._end)
@@ -136,7 +140,8 @@ class PrivateDaemon:
             f"--host={self.url}",
             f"--containerd-namespace={self._run.name}",
             f"--cgroup-parent=/{self._run.name}",
-            *("--bridge=none", "--iptables=false", "--ip6tables=false"),
+            f"--bridge={self._run.name}",
+            *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--ip=127.0.0.1"),
             *self._options,
         ]
         with self.log.open("ab") as log:

@@ -283,10 +283,13 @@ def test_more_than_a_hundred_thousand_entries_are_refused_and_gone_again(tmp_pat
     assert tree(tmp_path) == {}
 
 
-def test_as_many_entries_as_allowed_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_entries_as_allowed_are_unpacked_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "MAX_ENTRIES", 100)
-    unpack(b"".join(member(f"{number}") for number in range(100)) + END, tmp_path)
-    assert len(tree(tmp_path)) == 100
+    (tmp_path / "in").mkdir()
+    with pytest.raises(Refused, match="too many members"):
+        unpack(b"".join(member(f"{number}") for number in range(101)) + END, tmp_path)
+    unpack(b"".join(member(f"{number}") for number in range(100)) + END, tmp_path / "in")
+    assert len(tree(tmp_path / "in")) == 100
 
 
 @pytest.mark.parametrize("mode", [0o4755, 0o2755, 0o1755, 0o6777, 0o777])

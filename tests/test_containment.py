@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
+import copy
 import ctypes
 import errno
 import glob
@@ -43,6 +44,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import pytest
+from aiodocker.containers import DockerContainer, DockerContainers
+from sandboxes import containers, image_variables, sandboxed, supervisors
 
 from actbox import (
     CodeExecutionContainer,
@@ -57,7 +60,9 @@ from actbox import (
     WorkspaceError,
     sessions,
 )
-from actbox.engines import bubblewrap
+from actbox.engines.docker import engine as docker_engine
+from actbox.engines.docker import plan
+from actbox.guest import seccomp
 from actbox.guest.syscalls import MACHINES
 
 if TYPE_CHECKING:
@@ -137,6 +142,20 @@ def opened_from_descriptors(path: str) -> list[str]:
     return sorted({said(lambda fd=fd: os.close(os.open(path, os.O_RDONLY, dir_fd=fd))) for fd in range(1024)})
 
 
+def mounted() -> list[list[str]]:
+    """Every mount: its place, its device, and what of that it shows."""
+    with open("/proc/self/mountinfo") as file:
+        return [[line.split()[4], line.split()[2], line.split()[3]] for line in file]
+
+
+def texts(paths: list[str]) -> list[str]:
+    found: list[str] = []
+    for path in paths:
+        with open(path) as file:
+            found.append(file.read())
+    return found
+
+
 def listed(folder: str) -> list[str]:
     return sorted(os.listdir(folder))
 
@@ -173,8 +192,9 @@ def changed(path: str) -> dict[str, str]:
 
 def written_programs() -> dict[str, str]:
     """Open for writing what every session runs."""
-    guest = sys.modules["actbox_guest.guest.seccomp"].__file__
-    paths = ["/proc/self/exe", "/proc/1/exe", os.path.realpath(sys.executable), guest or "", json.__file__]
+    paths = ["/proc/self/exe", "/proc/1/exe", os.path.realpath(sys.executable), json.__file__]
+    modules = [module for name, module in sys.modules.items() if name.startswith("actbox_guest")]
+    paths += sorted({module.__file__ for module in modules if getattr(module, "__file__", None)})
     return {path: said(lambda path=path: os.close(os.open(path, os.O_WRONLY))) for path in paths}
 
 
@@ -711,33 +731,6 @@ BENIGN: tuple[Callable[[], bool], ...] = (
 # --- The host's side --------------------------------------------------------------------------------------------------
 
 
-def children() -> dict[int, list[int]]:
-    """The children of every process of this machine."""
-    found: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-            found.setdefault(int(fields[1]), []).append(int(folder.name))
-    return found
-
-
-def descendants(pid: int) -> set[int]:
-    """The processes below one, however deep."""
-    below, found, waiting = children(), set[int](), [pid]
-    while waiting:
-        for child in below.get(waiting.pop(), []):
-            if child not in found:
-                found.add(child)
-                waiting.append(child)
-    return found
-
-
-def supervisors() -> set[int]:
-    """The first process of each sandbox of this process's: what bubblewrap, its child, has started."""
-    below = children()
-    return {supervisor for bwrap in below.get(os.getpid(), []) for supervisor in below.get(bwrap, [])}
-
-
 def host_uids(pid: int) -> set[int]:
     """The real, effective, saved and file system uid of a process, as the host sees them."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -766,31 +759,72 @@ NOT_INSIDE = [
     *("/run", "/boot", "/mnt", "/media", "/srv", "/sys", "/oldroot", "/newroot", "/.old"),
     *("/var/run/docker.sock", "/run/docker.sock", "/run/containerd/containerd.sock", "/run/user"),
 ]
+# An image has files of its own at the usual places; a container's engine adds some of these.
+NOT_IN_A_CONTAINER = [
+    *("/run", "/sys", "/oldroot", "/newroot", "/.old", "/.dockerenv", "/dev/mqueue"),
+    *("/var/run/docker.sock", "/run/docker.sock", "/run/containerd/containerd.sock", "/run/user", "/run/actbox"),
+]
 IN_ROOT = {"app", "bin", "dev", "etc", "gnu", "lib", "lib32", "lib64", "libx32", "nix", "opt", "proc", "tmp", "usr"}
 IN_ETC = {"alternatives", "fonts", "group", "hosts", "ld.so.cache", "nsswitch.conf", "passwd"}
 
 
+def check_image(found: list[list[str]], folders: set[str]) -> None:
+    """All but the session's own mounts is of the image, each part at its own place."""
+    shown = {place: (device, root) for place, device, root in found}
+    # What Docker writes for the container itself; its words are looked at too.
+    own = {"/", "/dev", "/dev/pts", "/dev/shm", "/proc", "/tmp", *DOCKER_FILES, *folders}
+    own |= {place for place in shown if place.startswith("/dev/") and shown[place][1] == place.removeprefix("/dev")}
+    assert own <= shown.keys()
+    assert {shown[place] for place in shown.keys() - own} == {
+        (shown["/usr"][0], place) for place in shown.keys() - own
+    }
+    assert len({device for device, _ in (shown[place] for place in ("/", "/usr", "/proc", "/dev"))}) == 4
+
+
+DOCKER_FILES = ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf"]
+
+
+def check_docker_files(found: list[str]) -> None:
+    """They tell nothing of the host: neither its name nor whom it asks for names."""
+    name, hosts, resolving = found
+    assert name == "actbox\n"
+    assert {line.split()[0] for line in hosts.splitlines()} <= {"127.0.0.1", "::1", "fe00::", "fe00::0", "ff00::"} | {
+        f"{part}::{number}" for part in ("ff00", "ff02") for number in range(4)
+    }
+    assert socket.gethostname() not in hosts.split()
+    assert {line for line in resolving.splitlines() if not line.startswith("#")} <= {"nameserver 127.0.0.1", "search ."}
+
+
 async def test_nothing_of_the_host_is_seen_but_what_is_shown(
-    container: CodeExecutionContainer, executor: CodeExecutor, tmp_path: Path
+    container: CodeExecutionContainer, executor: CodeExecutor, tmp_path: Path, engine: str
 ) -> None:
     """A1: files of the system, of its users, of this test, of the workspace by its place on the host."""
     canary = tmp_path / "canary"
     canary.write_text("of the host", encoding="ascii")
-    paths = [*NOT_INSIDE, str(canary), str(tmp_path), str(container.workspace.path)]
+    paths = [str(canary), str(tmp_path), str(container.workspace.path)]
+    paths += NOT_IN_A_CONTAINER if engine == "docker" else NOT_INSIDE
     assert await inside(executor, opened, paths) == dict.fromkeys(paths, "ENOENT")
+    assert set(await inside(executor, listed, "/app")) == {"skills"}
+    if engine == "docker":
+        folders = {"/app/skills/shared", f"/app/skills/private/{executor.key}"}
+        check_image(await inside(executor, mounted), folders)
+        check_docker_files(await inside(executor, texts, DOCKER_FILES))
+        return
     assert set(await inside(executor, listed, "/")) <= IN_ROOT
     assert set(await inside(executor, listed, "/etc")) <= IN_ETC
-    assert set(await inside(executor, listed, "/app")) == {"skills"}
     assert await inside(executor, users) == ["root", "sandbox", "nobody"]
 
 
-async def test_the_system_cannot_be_written(executor: CodeExecutor) -> None:
+async def test_the_system_cannot_be_written(executor: CodeExecutor, engine: str) -> None:
     """A2: what is shown of the system is read-only, new names and old ones."""
-    paths = ["/usr/x", "/usr/bin/x", "/etc/x", "/opt/x", "/opt/actbox/x", "/opt/actbox/env/x", "/opt/actbox/guest/x"]
+    paths = ["/usr/x", "/usr/bin/x", "/etc/x", "/opt/x", "/opt/actbox/x"]
+    paths += ["/var/tmp/x", "/home/x"] if engine == "docker" else ["/opt/actbox/env/x", "/opt/actbox/guest/x"]
     assert set((await inside(executor, created, paths)).values()) == {"EROFS"}
     assert set((await inside(executor, changed, "/usr/bin/env")).values()) <= {"EROFS", "EPERM", "EACCES", "EXDEV"}
     programs = await inside(executor, written_programs)
     assert set(programs.values()) <= {"EROFS", "EACCES", "ETXTBSY", "EPERM"}
+    # With Docker the guest's code is in memory alone.
+    assert (len(programs) > 4) is (engine == "bubblewrap")
 
 
 async def test_the_root_folder_cannot_be_written(executor: CodeExecutor) -> None:
@@ -1050,11 +1084,19 @@ VARIABLES = {
 }
 
 
-async def test_the_environment_is_a_list_of_our_own(executor: CodeExecutor) -> None:
-    """B1: what the container was asked to set, and what every session has."""
+def check_variables(found: dict[str, str], engine: str) -> None:
+    if engine == "docker":
+        assert found.pop("HOSTNAME") == "actbox"
+        assert found.keys() <= VARIABLES | image_variables()
+    else:
+        assert found.keys() <= VARIABLES
+
+
+async def test_the_environment_is_a_list_of_our_own(executor: CodeExecutor, engine: str) -> None:
+    """B1: what the container was asked to set, what every session has, and what the image sets."""
     found = await inside(executor, environment)
     assert found.pop("GREETING") == "hello"
-    assert found.keys() <= VARIABLES
+    check_variables(found, engine)
 
 
 async def test_a_secret_in_the_hosts_environment_is_nowhere_inside(
@@ -1195,9 +1237,9 @@ async def test_no_process_can_be_traced(make_executor: Make) -> None:
 
 async def test_other_sessions_processes_cannot_be_looked_into(make_executor: Make) -> None:
     """D4: by the number that the host knows them by, or any other."""
-    before = descendants(os.getpid())
+    before = sandboxed(os.getpid())
     async with make_executor() as one, make_executor() as other:
-        new = descendants(os.getpid()) - before
+        new = sandboxed(os.getpid()) - before
         assert len(new) >= 4
         seen = await inside(other, pids)
         for pid in new - set(seen):
@@ -1266,7 +1308,7 @@ DEATHS = {
 @pytest.mark.parametrize("death", DEATHS)
 async def test_a_session_that_dies_takes_nobody_with_it(make_executor: Make, death: str) -> None:
     """D12: the supervisor survives, others answer, the next session starts."""
-    before = supervisors()
+    before = supervisors(os.getpid())
     assert before
     async with make_executor() as one, make_executor() as other:
         await other.execute("x = 42")
@@ -1276,7 +1318,7 @@ async def test_a_session_that_dies_takes_nobody_with_it(make_executor: Make, dea
         assert (await one.execute("print('again')")).restarted
         async with make_executor() as third:
             assert (await third.execute("print(3)")).text == "3"
-    assert supervisors() == before
+    assert supervisors(os.getpid()) == before
 
 
 async def test_a_session_without_memory_takes_nobody_with_it(make_executor: Make) -> None:
@@ -1292,7 +1334,7 @@ async def test_a_session_without_memory_takes_nobody_with_it(make_executor: Make
 async def test_the_supervisor_cannot_be_seen_signalled_or_traced(executor: CodeExecutor, make_executor: Make) -> None:
     """D13: by its number on the host, by that in the container, or by the one that stands in its place."""
     seen = await inside(executor, pids)
-    outside = sorted(descendants(os.getpid()) - set(seen))
+    outside = sorted(sandboxed(os.getpid()) - set(seen))
     assert len(outside) >= 3
     assert await inside(executor, signalled, outside) == ["ESRCH"]
     found = await inside(executor, other_process, 1)
@@ -1317,15 +1359,20 @@ async def test_other_sessions_leave_no_trace_in_proc(make_executor: Make) -> Non
 
 # --- H: privileges and the kernel's surface ---------------------------------------------------------------------------
 
+# Ours outside and inside; Docker puts on a third one that is made of the same rules.
+FILTERS = {"bubblewrap": "2", "docker": "3"}
 NO_CAPABILITIES = dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0000000000000000")
 
 
 @pytest.mark.parametrize("pid", ["self", "1"])
-async def test_a_session_has_no_rights_and_can_get_none(executor: CodeExecutor, pid: str) -> None:
+async def test_a_session_has_no_rights_and_can_get_none(executor: CodeExecutor, pid: str, engine: str) -> None:
     """H1: the exact values, of the kernel and of its watcher."""
     found = await inside(executor, status, pid)
     assert {name: found[name] for name in NO_CAPABILITIES} == NO_CAPABILITIES
-    assert (found["NoNewPrivs"], found["Seccomp"], found.get("Seccomp_filters", "2")) == ("1", "2", "2")
+    assert (found["NoNewPrivs"], found["Seccomp"], found.get("Seccomp_filters", FILTERS[engine])) == (
+        *("1", "2"),
+        FILTERS[engine],
+    )
     assert (found["Uid"].split(), found["Gid"].split()) == (["1000"] * 4, ["1000"] * 4)
     # An ordinary user cannot give up supplementary groups: they stay, as groups without a name.
     assert set(found["Groups"].split()) <= {"1000", "65534"}
@@ -1413,7 +1460,7 @@ async def test_nothing_in_the_sandbox_is_root_on_the_host(
     """H9: seen from the host, and by the session's own map."""
     found = await inside(executor, status, "self")
     assert found["NSpid"].split()[-1] == found["Pid"]
-    uids = {uid for pid in descendants(os.getpid()) for uid in host_uids(pid)}
+    uids = {uid for pid in sandboxed(os.getpid()) for uid in host_uids(pid)}
     assert uids
     assert 0 not in uids
     for kind in ("uid", "gid"):
@@ -1539,34 +1586,24 @@ MUTANTS = {
 }
 
 
-@pytest.fixture
-def mutated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
-    """Puts a changed copy of the guest in the place of the real one, for containers that start from then on."""
-
-    def mutate(file: str, pattern: str, new: str) -> None:
-        package = tmp_path / "package"
-        for part in ("guest", "protocol"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(bubblewrap._PACKAGE / part, package / part, ignore=ignored)
-        place = package / "guest" / file
-        source, changes = re.subn(pattern, new, place.read_text(encoding="utf-8"))
-        assert changes == 1, f"{file} has changed: adapt the mutant"
-        place.write_text(source, encoding="utf-8")
-        monkeypatch.setattr(bubblewrap, "_PACKAGE", package)
-
-    return mutate
-
-
 @pytest.mark.parametrize("layer", MUTANTS)
 async def test_without_the_layer_the_attempt_succeeds(
-    layer: str, mutated: Callable[[str, str, str], None], workspace_path: Path, engine: str
+    layer: str,
+    change_guest: Callable[[str, str, str], None],
+    workspace_path: Path,
+    engine: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """H14: each of these is refused above; here its layer alone is missing."""
     mutant = MUTANTS[layer]
     preload = ("numpy.random",) if "seeds" in layer else ()
     for module in preload:
         pytest.importorskip(module)
-    mutated(mutant.file, mutant.pattern, mutant.new)
+    change_guest(mutant.file, mutant.pattern, mutant.new)
+    if engine == "docker" and "set-id" in layer:
+        # The rule is in Docker's filter too.
+        policies = {stage: {**policy, "chmod": ()} for stage, policy in seccomp.POLICIES.items()}
+        monkeypatch.setattr(seccomp, "POLICIES", policies)
     async with CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=preload) as container:
         assert container.isolation == "nested namespaces"
         await container.warmed()
@@ -1576,3 +1613,233 @@ async def test_without_the_layer_the_attempt_succeeds(
         ):
             await one.execute("open('/tmp/of-one', 'w').close(); open('secret', 'w').close()")
             assert await mutant.broken(other)
+
+
+# --- Docker's own layers ----------------------------------------------------------------------------------------------
+
+
+def _secured(option: str, new: list[str]) -> Callable[[dict[str, Any]], None]:
+    """Puts others in the place of a security option."""
+
+    def change(body: dict[str, Any]) -> None:
+        options: list[str] = body["HostConfig"]["SecurityOpt"]
+        assert any(one.startswith(option) for one in options)
+        options[:] = [one for one in options if not one.startswith(option)] + new
+
+    return change
+
+
+def _host_config(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda body: body["HostConfig"].update(changes)
+
+
+def _writable(body: dict[str, Any]) -> None:
+    for found in body["HostConfig"]["Mounts"]:
+        found["ReadOnly"] = found["ReadOnly"] and found["Target"] != "/app/skills/shared"
+
+
+def _one_more_mount(body: dict[str, Any]) -> None:
+    body["HostConfig"]["Mounts"].append({"Type": "bind", "Source": "/tmp", "Target": "/mnt", "ReadOnly": True})
+
+
+def _uts_of_the_host(body: dict[str, Any]) -> None:
+    del body["Hostname"]
+    body["HostConfig"]["UTSMode"] = "host"
+
+
+def _other_entrypoint(body: dict[str, Any]) -> None:
+    body["Entrypoint"][-1] = f"pass\n{body['Entrypoint'][-1]}"
+
+
+DEVICE = {"PathOnHost": "/dev/null", "PathInContainer": "/dev/x", "CgroupPermissions": "rwm"}
+# What Docker makes of a container otherwise than it is asked to, by the option that must be named.
+OTHERWISE: dict[str, Callable[[dict[str, Any]], None]] = {
+    "Privileged": _host_config(Privileged=True),
+    "ReadonlyRootfs": _host_config(ReadonlyRootfs=False),
+    "CapAdd": _host_config(CapAdd=["NET_RAW"]),
+    "CapDrop": _host_config(CapDrop=[]),
+    "CapDrop in part": _host_config(CapDrop=["NET_RAW"]),
+    "SecurityOpt without no-new-privileges": _secured("no-new-privileges", []),
+    "SecurityOpt without the profile": _secured("seccomp=", []),
+    "SecurityOpt with no filter": _secured("seccomp=", ["seccomp=unconfined"]),
+    "SecurityOpt with another filter": _secured("seccomp=", ['seccomp={"defaultAction":"SCMP_ACT_ALLOW"}']),
+    "SecurityOpt with one more": lambda body: body["HostConfig"]["SecurityOpt"].append("apparmor=unconfined"),
+    "NetworkMode": _host_config(NetworkMode="host"),
+    "PidMode": _host_config(PidMode="host"),
+    "IpcMode": _host_config(IpcMode="host"),
+    "UTSMode": _uts_of_the_host,
+    "UsernsMode": _host_config(UsernsMode="host"),
+    "CgroupnsMode": _host_config(CgroupnsMode="host"),
+    "Memory": _host_config(Memory=0, MemorySwap=0),
+    "MemorySwap": _host_config(MemorySwap=-1),
+    "PidsLimit": _host_config(PidsLimit=0),
+    "OomScoreAdj": _host_config(OomScoreAdj=0),
+    "ShmSize": _host_config(ShmSize=1 << 40),
+    "Devices": _host_config(Devices=[DEVICE]),
+    "DeviceCgroupRules": _host_config(DeviceCgroupRules=["a *:* rwm"]),
+    "GroupAdd": _host_config(GroupAdd=["0"]),
+    "ExtraHosts": _host_config(ExtraHosts=["other:127.0.0.1"]),
+    "MaskedPaths": _host_config(MaskedPaths=[]),
+    "AutoRemove": _host_config(AutoRemove=False),
+    "User": lambda body: body.update(User="0:0"),
+    "Entrypoint": _other_entrypoint,
+    "Mounts, writable": _writable,
+    "Mounts, one more": _one_more_mount,
+    "Mounts, a bind": _host_config(Binds=["/tmp:/mnt:ro"]),
+    "Mounts, a volume": lambda body: body.update(Volumes={"/mnt": {}}),
+}
+
+
+@pytest.mark.engines("docker")
+@pytest.mark.parametrize("what", OTHERWISE)
+async def test_a_container_that_docker_makes_otherwise_is_never_started(
+    what: str, workspace_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H15: what was made is compared with what was asked for; nothing is left of it."""
+    real = DockerContainers.create
+    start = mock.AsyncMock()
+
+    async def create(self: DockerContainers, config: dict[str, Any], **more: Any) -> DockerContainer:
+        changed = copy.deepcopy(config)
+        OTHERWISE[what](changed)
+        assert changed != config
+        return await real(self, changed, **more)
+
+    monkeypatch.setattr(DockerContainers, "create", create)
+    monkeypatch.setattr(DockerContainer, "start", start)
+    before = containers(os.getpid())
+    with pytest.raises(SandboxUnavailable) as caught:
+        await CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=()).run()
+    assert caught.value.layer == "hardened container"
+    assert f"the engine made {re.match('[A-Za-z]+', what)[0]} " in caught.value.detail  # pyright: ignore[reportOptionalSubscript]
+    start.assert_not_called()
+    assert containers(os.getpid()) == before
+
+
+class DockerMutant(NamedTuple):
+    """A container with one of Docker's layers less, the guest's layers that hold too, and what then succeeds."""
+
+    change: Callable[[dict[str, Any]], None]
+    guest: tuple[tuple[str, str, str], ...]
+    broken: Callable[[CodeExecutor], Any]
+    separate: bool = True
+
+
+NO_FILTERS = (
+    ("supervisor.py", r'seccomp\.install\("outer"\)', "pass"),
+    ("isolation.py", r'seccomp\.install\("inner"\)', "pass"),
+)
+NO_NEW_PRIVILEGES = ("isolation.py", r'    _check\("no new privileges".*\)\n', "")
+
+
+async def _image_written(executor: CodeExecutor) -> bool:
+    return (await inside(executor, created, ["/var/tmp/x"]))["/var/tmp/x"] == "ok"
+
+
+async def _can_get_capabilities(executor: CodeExecutor) -> bool:
+    return int((await inside(executor, status, "self"))["CapBnd"], 16) != 0
+
+
+async def _set_uid_works(executor: CodeExecutor) -> bool:
+    return 0 in (await inside(executor, set_id_programs_run)).values()
+
+
+async def _loopback_reached(executor: CodeExecutor) -> bool:
+    found = await inside(executor, connected, [["127.0.0.1", executor.port]])
+    return found[f"tcp 127.0.0.1 {executor.port}"] == "ok"
+
+
+async def _host_seen(executor: CodeExecutor) -> bool:
+    return os.getpid() in await inside(executor, pids)
+
+
+async def _shared_memory_seen(executor: CodeExecutor) -> bool:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        Path(file.name).chmod(0o644)
+        return (await inside(executor, opened, [file.name]))[file.name] == "ok"
+
+
+async def _skill_written(executor: CodeExecutor) -> bool:
+    executor.workspace.shared_skills_path.chmod(0o777)
+    return (await inside(executor, created, ["/app/skills/shared/x"]))["/app/skills/shared/x"] == "ok"
+
+
+async def _is_root(executor: CodeExecutor) -> bool:
+    return (await inside(executor, opened, ["/etc/shadow"]))["/etc/shadow"] == "ok"
+
+
+def forked(count: int) -> int:
+    """How many processes can be started, of so many; they live at the same time."""
+    reader, writer = os.pipe()
+    children: list[int] = []
+    with contextlib.suppress(OSError):
+        for _ in range(count):
+            child = os.fork()
+            if child == 0:
+                os.close(writer)
+                os.read(reader, 1)
+                os._exit(0)
+            children.append(child)
+    os.close(writer)
+    for child in children:
+        os.waitpid(child, 0)
+    return len(children)
+
+
+async def _processes_unbounded(executor: CodeExecutor) -> bool:
+    return await inside(executor, forked, 400) == 400
+
+
+DOCKER_MUTANTS = {
+    "read-only root (A2)": DockerMutant(_host_config(ReadonlyRootfs=False), (), _image_written, separate=False),
+    "read-only root of a lone session (A2)": DockerMutant(_host_config(ReadonlyRootfs=False), (), _image_written),
+    "read-only folders (A5)": DockerMutant(_writable, (), _skill_written),
+    "no network (C3)": DockerMutant(_host_config(NetworkMode="host"), (), _loopback_reached),
+    "own processes (D1)": DockerMutant(_host_config(PidMode="host"), (), _host_seen),
+    "own shared memory (D6)": DockerMutant(_host_config(IpcMode="host"), (), _shared_memory_seen),
+    "bound on processes": DockerMutant(_host_config(PidsLimit=0), (), _processes_unbounded),
+    "dropped capabilities (H1)": DockerMutant(
+        _host_config(CapDrop=[]), (("isolation.py", r"    drop_capabilities\(\)\n", ""),), _can_get_capabilities
+    ),
+    "no new privileges (H2)": DockerMutant(
+        _secured("no-new-privileges", []), (*NO_FILTERS, NO_NEW_PRIVILEGES), _set_uid_works
+    ),
+    "system call profile (H3)": DockerMutant(_secured("seccomp=", ["seccomp=unconfined"]), NO_FILTERS, _namespace_made),
+    "unprivileged user (H9)": DockerMutant(lambda body: body.update(User="0:0"), (), _is_root),
+}
+
+
+@pytest.mark.engines("docker")
+@pytest.mark.parametrize("missing", [True, False], ids=["without", "with"])
+@pytest.mark.parametrize("layer", DOCKER_MUTANTS)
+async def test_without_dockers_layer_the_attempt_succeeds(
+    layer: str,
+    change_guest: Callable[[str, str, str], None],
+    workspace_path: Path,
+    engine: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    missing: bool,
+) -> None:
+    """H15: and with it alone, where the guest's own layers are missing, it is refused."""
+    mutant = DOCKER_MUTANTS[layer]
+    for change in mutant.guest:
+        change_guest(*change)
+    real = plan.make_plan
+
+    def make_plan(*args: Any, **kwargs: Any) -> plan.Plan:
+        made = real(*args, **kwargs)
+        body = copy.deepcopy(dict(made.body))
+        mutant.change(body)
+        return plan.Plan(body, made.folders)
+
+    if missing:
+        monkeypatch.setattr(plan, "make_plan", make_plan)
+        monkeypatch.setattr(docker_engine, "audit", mock.Mock())
+    async with (
+        CodeExecutionContainer(
+            workspace_path=workspace_path, engine=engine, preload=(), separate=mutant.separate
+        ) as container,
+        CodeExecutor("one", container.workspace, container.port) as executor,
+    ):
+        assert await mutant.broken(executor) is missing

@@ -53,10 +53,16 @@ def _complaint(daemon: PrivateDaemon, *arguments: str) -> str:
 
 
 def _traces(name: str) -> list[str]:
-    """What mentions a daemon's name: processes, mounts, cgroups."""
+    """What mentions a daemon's name: processes, mounts, cgroups, network devices."""
     processes = [str(pid) for pid in dockerd._named(name)]
     mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if name in line]
-    return [*processes, *mounts, *map(str, Path("/sys/fs/cgroup").glob(f"*/{name}"))]
+    groups = [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{name}")]
+    return [*processes, *mounts, *groups, *(_devices() & {name})]
+
+
+def _devices() -> set[str]:
+    """The network devices of this machine."""
+    return {path.name for path in Path("/sys/class/net").iterdir()}
 
 
 # -- the daemon ------------------------------------------------------------------------------------------------------
@@ -107,6 +113,19 @@ def test_a_daemon_with_a_small_disk_fills_it(folder: Path, registry: Registry) -
     with PrivateDaemon(folder, megabytes=32, options=ONCE) as daemon:
         assert "no space left" in _complaint(daemon, "pull", large.reference)
         daemon.docker("pull", small.reference)
+
+
+def test_a_daemon_leaves_the_default_bridge_alone(folder: Path) -> None:
+    ours = "docker0" not in _devices()
+    if ours:
+        subprocess.run(["ip", "link", "add", "docker0", "type", "bridge"], check=True)
+    try:
+        with PrivateDaemon(folder):
+            assert "docker0" in _devices()
+        assert "docker0" in _devices()
+    finally:
+        if ours:
+            subprocess.run(["ip", "link", "delete", "docker0"], check=True)
 
 
 def test_a_daemon_is_reached_below_a_long_folder(tmp_path: Path) -> None:

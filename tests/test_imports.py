@@ -36,9 +36,10 @@ FLOORS: tuple[set[str], ...] = (
     {"client", "container"},
     {"gateway", "supervision", "transfer"},
     {"execution", "sessions"},
-    {"engines", "guest", "link", "logger", "result", "workspace"},
+    {"egress", "engines", "guest", "link", "logger", "result", "workspace"},
     {"dotenv", "files", "protocol"},
     {"events", "spec"},
+    {"network"},
     {"errors", "shielded"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -50,6 +51,8 @@ ONLY = {
     "shielded": set[str](),
     "spec": {"errors"},
     "protocol": {"errors", "events"},
+    "network": {"errors"},
+    "egress": {"errors", "network"},
     "engines": {"errors", "shielded", "spec"},
     "guest": {"protocol"},
     "files": {"errors"},

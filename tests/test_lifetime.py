@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_containment import children, descendants
+from aiodocker.containers import DockerContainer, DockerContainers
+from sandboxes import children, containers, descendants, folders, sandboxed
 
 from actbox import (
     CodeExecutionContainer,
@@ -51,7 +52,10 @@ BOUND = 10.0
 
 
 def in_use(pid: int) -> set[int]:
-    """The processes below one, without those that wait to become a session (pid 1 of a nested namespace, childless)."""
+    """A program's processes and its sandboxes', less those that wait to become a session.
+
+    Such a one is pid 1 of a nested namespace, and has no child.
+    """
     below = children()
 
     def waits(one: int) -> bool:
@@ -61,7 +65,7 @@ def in_use(pid: int) -> set[int]:
             return numbers is not None and numbers[1].split()[2:] == ["1"] and not below.get(one)
         return False
 
-    return {one for one in descendants(pid) if not waits(one)}
+    return {one for one in sandboxed(pid) if not waits(one)}
 
 
 @contextlib.contextmanager
@@ -96,6 +100,16 @@ async def none_survives(fds: dict[int, int]) -> bool:
     return await asyncio.to_thread(survivors, fds) == set()
 
 
+# The processes that a container has before any session: the supervisor, and bubblewrap that waits for it.
+ALONE = {"bubblewrap": 2, "docker": 1}
+
+
+async def nothing_is_left(pid: int, workspace: Path) -> bool:
+    """Whether what a program that ended has had with the engine comes to an end too."""
+    ends = await until(lambda: containers(pid) == [] and mentioning(str(workspace)) == set())
+    return ends and folders(pid) == []
+
+
 async def until(condition: Callable[[], bool]) -> bool:
     """Wait for a condition, within the bound; whether it came to hold."""
     deadline = time.monotonic() + BOUND
@@ -117,13 +131,25 @@ def mentioning(text: str) -> set[int]:
     return found - {os.getpid()}
 
 
+def mounts() -> list[str]:
+    """Where something is mounted in this process's namespace, but by the container engines of this machine.
+
+    They mount the file systems, shared memory and network namespaces of whatever containers run.
+    """
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [(line.split()[4], line.partition(" - ")[2].split()[0]) for line in lines]
+    return sorted(place for place, kind in found if kind not in ("overlay", "nsfs") and not place.endswith("/shm"))
+
+
 def traces() -> dict[str, object]:
     """What this process has now that containers and sessions could leave behind."""
     gc.collect()
     return {
         "processes": len(in_use(os.getpid())),
         "descriptors": len(os.listdir("/proc/self/fd")),  # noqa: PTH208 - iterdir keeps one open
-        "mounts": len(Path("/proc/self/mountinfo").read_bytes().splitlines()),
+        "containers": sorted(container.id for container in containers(os.getpid())),
+        "mounts": mounts(),
+        "folders": folders(os.getpid()),
         "temporary files": sorted(os.listdir(tempfile.gettempdir())),  # noqa: PTH208
         # asyncio's worker threads wait for the next call; the launcher lives as long as the process.
         "threads": sum(not thread.name.startswith(("asyncio_", "actbox-launcher")) for thread in threading.enumerate()),
@@ -353,11 +379,11 @@ def tell(word: str) -> None:
 
 
 @contextlib.contextmanager
-def host(task: Callable[[str], Any], workspace: Path, tmp: Path) -> Generator[subprocess.Popen[bytes]]:
+def host(task: Callable[[str], Any], workspace: Path, tmp: Path, engine: str) -> Generator[subprocess.Popen[bytes]]:
     """Another process that uses actbox, in a process group of its own, ready."""
     process = subprocess.Popen(
         [sys.executable, "-W", "always::ResourceWarning", __file__, task.__name__, str(workspace)],
-        env={**os.environ, "TMPDIR": str(tmp)},
+        env={**os.environ, "TMPDIR": str(tmp), "ACTBOX_ENGINE": engine},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -376,27 +402,31 @@ def host(task: Callable[[str], Any], workspace: Path, tmp: Path) -> Generator[su
 
 
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
-async def test_nothing_survives_the_host_process(workspace_path: Path, own_tmp: Path, death: signal.Signals) -> None:
-    """E20: no process, no mount, no temporary file."""
+async def test_nothing_survives_the_host_process(
+    workspace_path: Path, own_tmp: Path, engine: str, death: signal.Signals
+) -> None:
+    """E20: no process, no container, no mount, no temporary file."""
     shm = shared_memory()
-    with host(hold, workspace_path, own_tmp) as process, held(descendants(process.pid)) as processes:
-        # bubblewrap, the supervisor, for each session a watcher and a kernel, and the daemons.
-        assert len(processes) >= 9
+    with host(hold, workspace_path, own_tmp, engine) as process, held(in_use(process.pid)) as processes:
+        # The supervisor, for each session a watcher and a kernel, and the daemons; and bubblewrap, where it is used.
+        assert len(processes) == ALONE[engine] + 7
         os.kill(process.pid, death)
         assert await none_survives(processes)
         assert process.wait(BOUND) == -death
-    assert mentioning(str(workspace_path)) == set()
+        assert await nothing_is_left(process.pid, workspace_path)
     assert left_in(own_tmp) == []
     assert await until(lambda: shared_memory() <= shm)
 
 
-async def test_nothing_survives_though_a_child_of_the_host_does(workspace_path: Path, own_tmp: Path) -> None:
+async def test_nothing_survives_though_a_child_of_the_host_does(
+    workspace_path: Path, own_tmp: Path, engine: str
+) -> None:
     """E20: a forked child holds the other ends of all sockets, so their end alone would not be enough."""
-    with host(fork_and_hold, workspace_path, own_tmp) as process:
+    with host(fork_and_hold, workspace_path, own_tmp, engine) as process:
         below = children()[process.pid]
         (child,) = mentioning(fork_and_hold.__name__) & set(below)
-        with held(descendants(process.pid) - {child}) as processes:
-            assert len(processes) >= 6
+        with held(in_use(process.pid) - {child}) as processes:
+            assert len(processes) == ALONE[engine] + 5
             process.kill()
             assert await none_survives(processes)
         process.wait(BOUND)
@@ -404,9 +434,10 @@ async def test_nothing_survives_though_a_child_of_the_host_does(workspace_path: 
             assert survivors(processes, 0) == {child}
 
 
-async def test_ctrl_c_leaves_nothing(workspace_path: Path, own_tmp: Path) -> None:
+async def test_ctrl_c_leaves_nothing(workspace_path: Path, own_tmp: Path, engine: str) -> None:
     """Ctrl-C in a terminal goes to the whole process group; contexts are left, and nothing is left behind."""
-    with host(hold, workspace_path, own_tmp) as process, held(descendants(process.pid)) as processes:
+    with host(hold, workspace_path, own_tmp, engine) as process, held(sandboxed(process.pid)) as processes:
+        assert processes
         os.killpg(process.pid, signal.SIGINT)
         _, complaint = await asyncio.to_thread(process.communicate, timeout=BOUND)
         assert process.returncode == -signal.SIGINT
@@ -414,18 +445,22 @@ async def test_ctrl_c_leaves_nothing(workspace_path: Path, own_tmp: Path) -> Non
         assert b"ResourceWarning" not in complaint
         assert b"never retrieved" not in complaint
         assert await none_survives(processes)
-    assert mentioning(str(workspace_path)) == set()
+    # The contexts were left: what was theirs is gone before the program is.
+    assert containers(process.pid) == []
+    assert await nothing_is_left(process.pid, workspace_path)
     assert left_in(own_tmp) == []
 
 
-async def test_a_program_that_forgets_its_container_leaves_nothing(workspace_path: Path, own_tmp: Path) -> None:
+async def test_a_program_that_forgets_its_container_leaves_nothing(
+    workspace_path: Path, own_tmp: Path, engine: str
+) -> None:
     """E20: the end of the interpreter is enough."""
-    with host(forget, workspace_path, own_tmp) as process, held(descendants(process.pid)) as processes:
-        assert len(processes) >= 6
+    with host(forget, workspace_path, own_tmp, engine) as process, held(in_use(process.pid)) as processes:
+        assert len(processes) == ALONE[engine] + 5
         await asyncio.to_thread(process.communicate, b"\n", BOUND)
         assert process.returncode == 0
         assert await none_survives(processes)
-    assert mentioning(str(workspace_path)) == set()
+    assert await nothing_is_left(process.pid, workspace_path)
     assert left_in(own_tmp) == []
 
 
@@ -448,7 +483,7 @@ def test_a_container_outlives_the_thread_that_started_it(
         async with CodeExecutor("two", container.workspace, container.port) as other:
             assert (await other.execute("print(43)")).text == "43"
         with held(in_use(os.getpid()) - before) as processes:
-            assert len(processes) >= 4
+            assert len(processes) == ALONE[engine] + 2
             await executors[0].disconnect()
             await container.kill()
             assert await none_survives(processes)
@@ -481,6 +516,8 @@ async def test_many_sessions_leave_no_growth(container: CodeExecutionContainer, 
 
     await cycle(0)
     before = traces()
+    # With the session in store, whose end the supervisor holds.
+    assert await until(lambda: sandboxed(os.getpid()) > in_use(os.getpid()))
     inside = open_files()
     for number in range(30):
         await cycle(number)
@@ -548,6 +585,24 @@ async def test_cancellation_leaves_nothing(workspace_path: Path, engine: str, ow
     assert await back_to(before) == {}
 
 
+async def _cancel_starts(workspace_path: Path, engine: str, reached: threading.Event, go: threading.Event) -> None:
+    """Cancel some starts once `reached` is set, and then let them go on."""
+    for _ in range(3):
+        reached.clear()
+        go.clear()
+        starting = asyncio.create_task(
+            CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=()).run()
+        )
+        assert await until(reached.is_set)
+        starting.cancel()
+        await asyncio.sleep(0)
+        go.set()
+        await asyncio.wait([starting], timeout=BOUND)
+        assert starting.cancelled()
+        del starting
+
+
+@pytest.mark.engines("bubblewrap")
 @pytest.mark.parametrize("moment", ["before", "after"])
 async def test_a_start_that_is_cancelled_leaves_nothing(
     workspace_path: Path, engine: str, own_tmp: Path, moment: str, monkeypatch: pytest.MonkeyPatch
@@ -566,19 +621,30 @@ async def test_a_start_that_is_cancelled_leaves_nothing(
         pass  # whatever is made once for all is made
     before = traces()
     monkeypatch.setattr(launcher, "spawn", spawn)
-    for _ in range(3):
-        reached.clear()
-        go.clear()
-        starting = asyncio.create_task(
-            CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=()).run()
-        )
-        assert await until(reached.is_set)
-        starting.cancel()
-        await asyncio.sleep(0)
-        go.set()
-        await asyncio.wait([starting], timeout=BOUND)
-        assert starting.cancelled()
-        del starting
+    await _cancel_starts(workspace_path, engine, reached, go)
+    assert await back_to(before) == {}
+
+
+@pytest.mark.engines("docker")
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", ["create", "show", "start"])
+async def test_a_start_that_is_cancelled_leaves_no_container(
+    workspace_path: Path, engine: str, own_tmp: Path, step: str, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled while the daemon is asked: just before it has done it, and just after."""
+    reached, go = threading.Event(), threading.Event()
+    place = DockerContainers if step == "create" else DockerContainer
+    real = getattr(place, step)
+
+    async def ask(*args: Any, **kwargs: Any) -> Any:
+        answer = await real(*args, **kwargs) if moment == "after" else None
+        reached.set()
+        await asyncio.Event().wait()  # for the cancellation
+        return answer
+
+    before = traces()
+    monkeypatch.setattr(place, step, ask)
+    await _cancel_starts(workspace_path, engine, reached, go)
     assert await back_to(before) == {}
 
 
@@ -627,6 +693,7 @@ def script(tmp_path: Path, body: str) -> tuple[Path, str]:
     return path, token
 
 
+@pytest.mark.engines("bubblewrap")
 @pytest.mark.usefixtures("container")  # it has the environment prepared
 @pytest.mark.parametrize("kind", BROKEN)
 async def test_a_sandbox_that_cannot_be_set_up_is_told_and_leaves_no_process(
@@ -651,6 +718,7 @@ async def test_a_sandbox_that_cannot_be_set_up_is_told_and_leaves_no_process(
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.engines("bubblewrap")
 @pytest.mark.usefixtures("container")  # as above
 async def test_a_sandbox_that_never_comes_up_is_given_up(
     workspace_path: Path, tmp_path: Path, engine: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
@@ -686,6 +754,7 @@ async def test_a_first_start_prepares_the_environment_and_leaves_nothing_else(
     assert made[0] == made[1]
 
 
+@pytest.mark.engines("bubblewrap")
 async def test_a_preparation_that_fails_leaves_nothing(
     workspace_path: Path, tmp_path: Path, engine: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,8 @@
 """H12: where a layer of the boundary is missing nothing runs, and the layer is named.
 
-A machine that lacks something is made by a script in bubblewrap's place, or by a copy of the guest's code that behaves
-as it would there. Where only sessions within sessions are refused, each gets a sandbox of its own: the last part shows
-that the promises hold there too.
+A machine that lacks something is made by a script in bubblewrap's place, by an address where no Docker engine is, or by
+a copy of the guest's code that behaves as it would there. Where only sessions within sessions are refused, each gets a
+sandbox of its own: the last part shows that the promises hold there too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -21,23 +22,29 @@ from typing import TYPE_CHECKING
 
 import pytest
 import test_containment as attempts
-from test_containment import NUMBERS, descendants, inside
-from test_lifetime import DAEMONS, back_to, held, none_survives, own_tmp, traces, until
+from sandboxes import containers, sandboxed
+from test_containment import NUMBERS, inside
+from test_lifetime import ALONE, DAEMONS, back_to, held, none_survives, own_tmp, traces, until
 
 from actbox import (
     CodeExecutionContainer,
     CodeExecutor,
     ConnectionError,
     ExecutionClient,
+    ExecutionContainer,
     ExecutionError,
     ExecutionLost,
     ExecutionTimeout,
+    InvalidArgument,
     KernelDied,
+    Limits,
     SandboxUnavailable,
+    StateError,
     WorkspaceError,
     doctor,
 )
 from actbox.engines import bubblewrap
+from actbox.engines.docker import plan
 from actbox.guest import seccomp
 
 if TYPE_CHECKING:
@@ -97,6 +104,7 @@ async def refused(workspace_path: Path, engine: str) -> SandboxUnavailable:
 # --- bubblewrap itself ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines("bubblewrap")
 async def test_without_bubblewrap_nothing_runs(
     workspace_path: Path, engine: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +115,7 @@ async def test_without_bubblewrap_nothing_runs(
     assert "/nonexistent/bwrap" in error.detail
 
 
+@pytest.mark.engines("bubblewrap")
 @pytest.mark.parametrize(
     ("body", "sign"),
     [
@@ -133,6 +142,7 @@ async def test_a_bubblewrap_that_is_too_old_or_none_is_refused(
     assert sign in error.detail
 
 
+@pytest.mark.engines("bubblewrap")
 @pytest.mark.parametrize("mode", [0o4755, 0o2755])
 async def test_a_set_id_bubblewrap_is_refused(
     mode: int,
@@ -155,6 +165,7 @@ async def test_a_set_id_bubblewrap_is_refused(
     assert "set-uid" in error.detail
 
 
+@pytest.mark.engines("bubblewrap")
 async def test_a_bubblewrap_that_cannot_be_executed_is_refused(
     workspace_path: Path, tmp_path: Path, engine: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,9 +177,125 @@ async def test_a_bubblewrap_that_cannot_be_executed_is_refused(
     assert (await refused(workspace_path, engine)).layer == "bubblewrap"
 
 
+# --- which engine -----------------------------------------------------------------------------------------------------
+
+NOWHERE = "unix:///nonexistent/docker.sock"
+
+
+@pytest.mark.engines("docker")
+async def test_without_docker_nothing_runs(
+    workspace_path: Path, engine: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H12: no other engine is taken in its place."""
+    monkeypatch.setenv("DOCKER_HOST", NOWHERE)
+    error = await refused(workspace_path, engine)
+    assert error.layer == "docker"
+    assert "/nonexistent/docker.sock" in error.detail
+
+
+@pytest.mark.engines("docker")
+@pytest.mark.parametrize("reason", ["there is no bubblewrap", "no sandbox can be built with it"])
+async def test_where_bubblewraps_boundary_does_not_stand_docker_is_used(
+    engine: str, workspace_path: Path, tmp_path: Path, own_tmp: Path, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H12: by "auto"; the engine is known once it stands."""
+    place = "/nonexistent/bwrap"
+    if reason.startswith("no"):
+        place = str(script(tmp_path, '[ "$1" = --version ] && exec echo bubblewrap 0.11.0\nexit 1'))
+    monkeypatch.setenv("ACTBOX_BWRAP", place)
+    monkeypatch.delenv("ACTBOX_ENGINE", raising=False)
+    before = traces()
+    container = CodeExecutionContainer(workspace_path=workspace_path, preload=())
+    with pytest.raises(StateError):
+        _ = container.engine
+    async with container, CodeExecutor("one", container.workspace, container.port) as executor:
+        assert container.engine == engine
+        assert (await executor.execute("print(42)")).text == "42"
+        assert [one.id in str(before["containers"]) for one in containers(os.getpid())].count(False) == 1
+    assert await back_to(before) == {}
+
+
+@pytest.mark.engines("bubblewrap")
+async def test_where_bubblewraps_boundary_stands_docker_is_not_asked(
+    workspace_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H12: by "auto"."""
+    monkeypatch.setenv("DOCKER_HOST", NOWHERE)
+    monkeypatch.delenv("ACTBOX_ENGINE", raising=False)
+    async with CodeExecutionContainer(workspace_path=workspace_path, preload=()) as container:
+        assert container.engine == engine
+
+
+async def test_where_no_engine_stands_the_reason_of_each_is_told(
+    workspace_path: Path, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H12: and the remedy of each; in `doctor` too."""
+    monkeypatch.setenv("ACTBOX_BWRAP", "/nonexistent/bwrap")
+    monkeypatch.setenv("DOCKER_HOST", NOWHERE)
+    monkeypatch.delenv("ACTBOX_ENGINE", raising=False)
+    error = await refused(workspace_path, "auto")
+    assert error.layer == "engine"
+    assert "bubblewrap: /nonexistent/bwrap" in error.detail
+    assert "docker: docker: " in error.detail
+    assert "/nonexistent/docker.sock" in error.detail
+    assert "apt install bubblewrap" in error.remedy
+    assert "DOCKER_HOST" in error.remedy
+    found = [(layer.name, layer.state) for layer in await doctor.examine("auto")]
+    assert found == [("bubblewrap", "weaker"), ("docker", "missing")]
+
+
+async def test_the_default_engine_is_that_of_the_environment(
+    workspace_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H12: where `ACTBOX_ENGINE` names one, no other is tried."""
+    monkeypatch.setenv("ACTBOX_ENGINE", engine)
+    async with CodeExecutionContainer(workspace_path=workspace_path, preload=()) as container:
+        assert container.engine == engine
+    monkeypatch.setenv("ACTBOX_BWRAP", "/nonexistent/bwrap")
+    monkeypatch.setenv("DOCKER_HOST", NOWHERE)
+    error = await refused(workspace_path, "auto")
+    assert error.layer == engine
+
+
+def test_a_default_engine_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """H12: as if it were an argument; one that is empty is none."""
+    monkeypatch.setenv("ACTBOX_ENGINE", "steam")
+    with pytest.raises(InvalidArgument, match="steam"):
+        ExecutionContainer()
+    assert ExecutionContainer(engine="bubblewrap").engine == "bubblewrap"
+    monkeypatch.setenv("ACTBOX_ENGINE", "")
+    with pytest.raises(StateError):
+        _ = ExecutionContainer().engine
+
+
+def test_a_runtime_is_of_docker_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """H12: by "auto" it chooses the engine."""
+    monkeypatch.delenv("ACTBOX_ENGINE", raising=False)
+    with pytest.raises(InvalidArgument, match="runtime"):
+        ExecutionContainer(engine="bubblewrap", runtime="runc")
+    assert ExecutionContainer(runtime="runc").engine == "docker"
+    monkeypatch.setenv("ACTBOX_ENGINE", "bubblewrap")
+    with pytest.raises(InvalidArgument, match="runtime"):
+        ExecutionContainer(runtime="runc")
+
+
+@pytest.mark.engines("docker")
+async def test_a_runtime_that_docker_lacks_is_named(engine: str, workspace_path: Path, own_tmp: Path) -> None:
+    """H12: with those that it has."""
+    before = traces()
+    container = CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=(), runtime="warp-drive")
+    with pytest.raises(SandboxUnavailable) as caught:
+        await container.run()
+    assert caught.value.layer == "runtime"
+    assert "warp-drive" in caught.value.detail
+    assert "runc" in caught.value.detail
+    assert await back_to(before) == {}
+
+
 # --- what the machine does not allow ----------------------------------------------------------------------------------
 
 
+@pytest.mark.engines("bubblewrap")
 async def test_without_user_namespaces_nothing_runs(
     workspace_path: Path,
     tmp_path: Path,
@@ -190,18 +317,11 @@ async def test_without_user_namespaces_nothing_runs(
 
 
 @pytest.fixture
-def guest_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
-    """Puts a changed copy of the guest in the place of the real one."""
+def guest_with(change_guest: Callable[[str, str, str], None]) -> Callable[[str, str, str], None]:
+    """Puts a copy of the guest in the place of the real one in which one text is another."""
 
     def change(file: str, old: str, new: str) -> None:
-        package = tmp_path / "package"
-        for part in ("guest", "protocol"):
-            shutil.copytree(bubblewrap._PACKAGE / part, package / part, ignore=shutil.ignore_patterns("__pycache__"))
-        place = package / "guest" / file
-        source = place.read_text(encoding="utf-8")
-        assert source.count(old) == 1, f"{file} has changed: adapt the test"
-        place.write_text(source.replace(old, new), encoding="utf-8")
-        monkeypatch.setattr(bubblewrap, "_PACKAGE", package)
+        change_guest(file, re.escape(old), new.replace("\\", r"\\"))
 
     return change
 
@@ -275,7 +395,7 @@ if capability >= 0:
 from actbox import CodeExecutionContainer, CodeExecutor, SandboxUnavailable
 async def main():
     try:
-        async with CodeExecutionContainer(workspace_path=workspace, preload=()) as container:
+        async with CodeExecutionContainer(workspace_path=workspace, engine="bubblewrap", preload=()) as container:
             async with CodeExecutor("one", container.workspace, container.port) as executor:
                 print(json.dumps(["ran", (await executor.execute("print(42)")).text]))
     except SandboxUnavailable as exc:
@@ -319,11 +439,17 @@ def test_root_of_a_user_namespace_runs_nothing_or_in_a_sandbox(tmp_path: Path, w
 
 
 @pytest.fixture(scope="module")
-def no_nesting(real_bwrap: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def no_nesting(engine: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A machine where a sandbox cannot hold others."""
-    path = wrapper(tmp_path_factory.mktemp("bin"), real_bwrap, f'exec {real_bwrap} --disable-userns "$@"')
+    real_calls = plan.system_calls
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACTBOX_BWRAP", str(path))
+        if engine == "docker":
+            # With the filter of a container that holds one session alone.
+            patch.setattr(plan, "system_calls", lambda facts, nested: real_calls(facts, nested=False))  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
+        else:
+            real: Path = request.getfixturevalue("real_bwrap")
+            path = wrapper(tmp_path_factory.mktemp("bin"), real, f'exec {real} --disable-userns "$@"')
+            patch.setenv("ACTBOX_BWRAP", str(path))
         yield
 
 
@@ -363,12 +489,53 @@ async def test_refused_nesting_is_told_and_worked_round(
     assert "missing" not in found.values()
 
 
+async def test_every_session_gets_a_sandbox_of_its_own_if_asked_for(
+    workspace_path: Path, engine: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """H12: without a word of it, where a sandbox could hold others."""
+    with caplog.at_level(logging.WARNING, "actbox"):
+        async with CodeExecutionContainer(
+            workspace_path=workspace_path, engine=engine, preload=(), separate=True
+        ) as container:
+            assert (container.isolation, container.nesting_refusal) == ("one sandbox per session", None)
+            assert attempts.supervisors(os.getpid()) == set()
+            async with (
+                CodeExecutor("one", container.workspace, container.port) as one,
+                CodeExecutor("two", container.workspace, container.port) as two,
+            ):
+                assert len(attempts.supervisors(os.getpid())) == 2
+                assert [(await executor.execute("print(42)")).text for executor in (one, two)] == ["42", "42"]
+    assert caplog.records == []
+
+
+# Where Docker mounts what every container of its has.
+DOCKER_MOUNTS = {
+    *("/", "/dev", "/dev/mqueue", "/dev/pts", "/dev/shm", "/proc", "/sys", "/sys/firmware", "/tmp", "/run/actbox"),
+    *("/sys/devices/virtual/powercap", *attempts.DOCKER_FILES),
+}
+
+
 async def test_alone_a_session_sees_nothing_of_the_host(
-    separate: CodeExecutionContainer, alone: CodeExecutor, tmp_path: Path
+    separate: CodeExecutionContainer, alone: CodeExecutor, tmp_path: Path, engine: str
 ) -> None:
     """A1."""
     (tmp_path / "canary").touch()
-    paths = [*attempts.NOT_INSIDE, str(tmp_path / "canary"), str(separate.workspace.path)]
+    paths = [str(tmp_path / "canary"), str(separate.workspace.path)]
+    if engine == "docker":
+        paths += [path for path in attempts.NOT_IN_A_CONTAINER if path.count("/") > 1] + ["/.old", "/oldroot", "/newroot"]
+        paths = [path for path in paths if path not in ("/run/actbox", "/dev/mqueue")]
+        assert await inside(alone, attempts.opened, paths) == dict.fromkeys(paths, "ENOENT")
+        found = {place for place, _, _ in await inside(alone, attempts.mounted)}
+        folders = {"/app/skills/shared", f"/app/skills/private/{alone.key}"}
+        assert folders <= found
+        assert {
+            place for place in found - DOCKER_MOUNTS - folders if not place.startswith(("/proc/", "/sys/fs/cgroup"))
+        } == set()
+        # The control socket came through it, and it is empty since.
+        assert await inside(alone, attempts.listed, "/run/actbox") == []
+        attempts.check_docker_files(await inside(alone, attempts.texts, attempts.DOCKER_FILES))
+        return
+    paths += attempts.NOT_INSIDE
     assert await inside(alone, attempts.opened, paths) == dict.fromkeys(paths, "ENOENT")
     assert set(await inside(alone, attempts.listed, "/")) <= attempts.IN_ROOT
     assert set(await inside(alone, attempts.listed, "/etc")) <= attempts.IN_ETC
@@ -376,15 +543,18 @@ async def test_alone_a_session_sees_nothing_of_the_host(
 
 
 async def test_alone_a_session_writes_only_its_own_folders(
-    separate: CodeExecutionContainer, alone: CodeExecutor
+    separate: CodeExecutionContainer, alone: CodeExecutor, engine: str
 ) -> None:
     """A2, A3, A4, A5, A7, A8."""
     skill = separate.workspace.shared_skills_path / "skill.py"
     skill.write_text("answer = 42\n", encoding="ascii")
     skill.chmod(0o666)
-    paths = ["/usr/x", "/etc/x", "/opt/actbox/x", "/opt/actbox/guest/x", "/x", "/app/x", "/app/skills/x"]
-    paths += ["/app/skills/private/x", "/app/skills/shared/x", "/dev/x"]
+    paths = ["/usr/x", "/etc/x", "/opt/actbox/x", "/x", "/app/x", "/app/skills/x", "/app/skills/private/x"]
+    paths += ["/app/skills/shared/x", *(["/var/tmp/x"] if engine == "docker" else ["/opt/actbox/guest/x"])]
     assert set((await inside(alone, attempts.created, paths)).values()) == {"EROFS"}
+    # Docker's /dev is root's.
+    refusal = "EACCES" if engine == "docker" else "EROFS"
+    assert set((await inside(alone, attempts.created, ["/dev/x"])).values()) == {refusal}
     assert set((await inside(alone, attempts.changed, "/app/skills/shared/skill.py")).values()) <= {"EROFS", "EPERM"}
     assert set((await inside(alone, attempts.changed, "/usr/bin/env")).values()) <= {
         "EROFS",
@@ -455,7 +625,7 @@ async def test_alone_the_environment_is_ours_and_no_process_tells_the_hosts(
         CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=()) as container,
         CodeExecutor("one", container.workspace, container.port) as executor,
     ):
-        assert (await inside(executor, attempts.environment)).keys() <= attempts.VARIABLES
+        attempts.check_variables(await inside(executor, attempts.environment), engine)
         for entry in (await inside(executor, attempts.readable_processes)).values():
             for text in entry.values():
                 assert "SECRET_TOKEN" not in text
@@ -479,7 +649,7 @@ async def test_alone_sessions_share_nothing(separate: CodeExecutionContainer, al
     async with CodeExecutor("other", separate.workspace, separate.port) as other:
         assert set((await inside(alone, attempts.shared_with_others, True)).values()) == {"ok"}
         assert set((await inside(other, attempts.shared_with_others, False)).values()) <= {"ENOENT", "ECONNREFUSED"}
-        outside = sorted(descendants(os.getpid()))
+        outside = sorted(sandboxed(os.getpid()))
         seen = await inside(other, attempts.pids)
         assert len(seen) <= 3
         assert await inside(other, attempts.signalled, [pid for pid in outside if pid not in seen]) == ["ESRCH"]
@@ -510,7 +680,7 @@ async def test_alone_a_session_has_no_rights(alone: CodeExecutor, pid: str) -> N
     assert set((await inside(alone, attempts.calls_refused, NUMBERS, names)).values()) == {"EPERM"}
     namespaces = await inside(alone, attempts.namespaces_left, NUMBERS)
     assert set(namespaces.values()) <= {"EPERM", "ENOSYS"}
-    assert 0 not in {uid for child in descendants(os.getpid()) for uid in attempts.host_uids(child)}
+    assert 0 not in {uid for child in sandboxed(os.getpid()) for uid in attempts.host_uids(child)}
 
 
 async def test_alone_a_cell_that_takes_too_long_is_interrupted(alone: CodeExecutor) -> None:
@@ -568,12 +738,12 @@ async def test_alone_daemons_end_with_their_session(
     no_nesting: None, workspace_path: Path, engine: str, ending: str
 ) -> None:
     """E13: though the session has no process namespace but its sandbox's."""
-    before = descendants(os.getpid())
+    before = sandboxed(os.getpid())
     async with CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=()) as container:
         executor = CodeExecutor("one", container.workspace, container.port, interrupt_grace=0.2)
         await executor.connect()
         await executor.execute(DAEMONS)
-        with held(descendants(os.getpid()) - before) as processes:
+        with held(sandboxed(os.getpid()) - before) as processes:
             assert len(processes) >= 6
             if ending == "died":
                 with pytest.raises(KernelDied):
@@ -592,7 +762,7 @@ async def test_alone_daemons_end_with_their_session(
         if ending in ("died", "timed out"):
             assert (await executor.execute("print(1)")).text == "1"
         await executor.disconnect()
-    assert await until(lambda: descendants(os.getpid()) <= before)
+    assert await until(lambda: sandboxed(os.getpid()) <= before)
 
 
 async def test_alone_many_sessions_leave_no_growth(separate: CodeExecutionContainer, own_tmp: Path) -> None:
@@ -610,17 +780,51 @@ async def test_alone_many_sessions_leave_no_growth(separate: CodeExecutionContai
 
 
 async def test_alone_a_sandbox_that_cannot_be_had_later_is_told(
-    separate: CodeExecutionContainer, key: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    separate: CodeExecutionContainer, key: str, engine: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """H12: each session's boundary is built anew, and may fail anew."""
     before = traces()
     with monkeypatch.context() as patch:
         patch.setenv("ACTBOX_BWRAP", "/nonexistent/bwrap")
-        with pytest.raises(SandboxUnavailable):
+        patch.setenv("DOCKER_HOST", NOWHERE)
+        with pytest.raises(SandboxUnavailable) as caught:
             await CodeExecutor(key, separate.workspace, separate.port).connect()
+        assert caught.value.layer == engine
     assert await back_to(before) == {}
     async with CodeExecutor(key, separate.workspace, separate.port) as executor:
         assert (await executor.execute("print(1)")).text == "1"
+
+
+async def test_alone_what_a_session_starts_is_bounded(workspace_path: Path, engine: str) -> None:
+    """E8: by the session's own bound, whoever it is that keeps it."""
+    async with (
+        CodeExecutionContainer(
+            workspace_path=workspace_path, engine=engine, preload=(), separate=True, limits=Limits(pids=30)
+        ) as container,
+        CodeExecutor("one", container.workspace, container.port) as executor,
+    ):
+        # With Docker the bound is the container's, which has a few processes more.
+        assert 20 <= await inside(executor, attempts.forked, 100) < 50
+        assert (await executor.execute("print(1)")).text == "1"
+
+
+async def test_alone_what_else_the_user_runs_does_not_count(workspace_path: Path, engine: str) -> None:
+    """E8: the bound is on the session, not on all that its user runs on this machine."""
+    user = {} if os.geteuid() else {"user": 65534, "group": 65534}
+    async with CodeExecutionContainer(
+        workspace_path=workspace_path, engine=engine, preload=(), separate=True, limits=Limits(pids=30)
+    ) as container:
+        others = [
+            subprocess.Popen(["/bin/sleep", "99"], **user)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            for _ in range(40)
+        ]
+        try:
+            async with CodeExecutor("one", container.workspace, container.port) as executor:
+                assert await inside(executor, attempts.forked, 10) == 10
+        finally:
+            for process in others:
+                process.kill()
+                process.wait()
 
 
 @pytest.mark.parametrize("use", [attempts.use_fork, attempts.use_spawn, attempts.use_shared_memory, attempts.use_pty,

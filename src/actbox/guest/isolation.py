@@ -216,7 +216,7 @@ def set_limits(limits: dict[str, Any]) -> None:
         # The session is what to kill when the machine runs out of memory. Raising it needs no right.
         file.write("500")
     mapped = _mapped_bytes()
-    for what, value in (
+    bounds = [
         # Not 0: where the host hands core dumps to a program, that limit is not looked at; 1 keeps it from starting.
         (resource.RLIMIT_CORE, 1),
         (resource.RLIMIT_NOFILE, limits["open_files"]),
@@ -225,12 +225,13 @@ def set_limits(limits: dict[str, Any]) -> None:
         # What is mapped at the start (libraries shared with the other sessions) is not the session's own doing.
         (resource.RLIMIT_AS, mapped + 4 * limits["memory"]),
         (resource.RLIMIT_MEMLOCK, 0),
-    ):
+    ]
+    if not _in_machines_user_namespace():
+        bounds.append((resource.RLIMIT_NPROC, limits["pids"]))
+    for what, value in bounds:
         hard = resource.getrlimit(what)[1]
         bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(what, (bound, bound))
-    if not _in_machines_user_namespace():
-        resource.setrlimit(resource.RLIMIT_NPROC, (limits["pids"], limits["pids"]))
     # gVisor does not let it be set: its queues take memory of its own kernel, which the container's limit bounds.
     with contextlib.suppress(ValueError):
         resource.setrlimit(_RLIMIT_MSGQUEUE, (0, 0))

@@ -44,7 +44,7 @@ _QUIET_SECONDS_IN_ALL = 3.0
 class Supervisor:
     """See the module's text."""
 
-    def __init__(self, control: socket.socket, layout: dict[str, Any]) -> None:
+    def __init__(self, control: socket.socket, layout: dict[str, Any], host: int | None) -> None:
         self._control = control
         self._binds: list[dict[str, Any]] = layout["binds"]
         self._preload: list[str] = list(layout["preload"])
@@ -63,6 +63,8 @@ class Supervisor:
         self._poller = select.poll()
         self._poller.register(control, select.POLLIN)
         self._poller.register(self._children, select.POLLIN)
+        if host is not None:
+            self._poller.register(host, select.POLLIN)
 
     def run(self) -> None:
         """Serve the host until it closes the control socket."""
@@ -97,7 +99,7 @@ class Supervisor:
             for fd, _ in events:
                 if fd == self._children:
                     self._reap()
-                elif not self._serve_request():
+                elif fd != self._control.fileno() or not self._serve_request():
                     return
             if not self._warm:
                 if time.monotonic() >= min(self._quiet_until, latest):
@@ -245,8 +247,12 @@ def main() -> None:
     serve(socket.socket(fileno=int(sys.argv[1])))
 
 
-def serve(control: socket.socket) -> None:
-    """Entry: the first datagram holds the container's layout."""
+def serve(control: socket.socket, host: int | None = None) -> None:
+    """Entry: the first datagram holds the container's layout.
+
+    `host` is a descriptor of the host's process (pidfd), where nothing else ends this one with it: the control socket
+    stays open as long as a forked child of the host's has a copy.
+    """
     control.set_inheritable(False)
     layout = json.loads(control.recv(_DATAGRAM))
     with contextlib.suppress(ValueError):
@@ -259,7 +265,7 @@ def serve(control: socket.socket) -> None:
         layer = "seccomp"
         seccomp.install("outer")
         layer = "IPython"
-        Supervisor(control, layout).run()
+        Supervisor(control, layout, host).run()
     except (OSError, RuntimeError, ImportError) as exc:
         control.send(json.dumps({"op": "failed", "layer": layer, "errno": None, "detail": f"{exc}"[:1000]}).encode())
 

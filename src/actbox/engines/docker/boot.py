@@ -34,9 +34,10 @@ import array, socket
 channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 channel.connect(%(socket)r)
 channel.send(hello)
-passed, rest = channel.recvmsg(1, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))[:2]
+passed, rest = channel.recvmsg(1, socket.CMSG_SPACE(8), getattr(socket, "MSG_CMSG_CLOEXEC", 0))[:2]
 if not passed: sys.exit(0)
-with os.fdopen(array.array("i", rest[0][2])[0], "rb") as file: bundle = file.read()
+code, host = array.array("i", rest[0][2])
+with os.fdopen(code, "rb") as file: bundle = file.read()
 """
 _BY_STREAM = """\
 import struct
@@ -69,7 +70,7 @@ class Bundle(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 sys.meta_path.insert(0, Bundle())
 """
 _RUN = {
-    "socket": f"from {_GUEST}.guest.supervisor import serve\nserve(channel)\n",
+    "socket": f"from {_GUEST}.guest.supervisor import serve\nserve(channel, host)\n",
     "stream": f"from {_GUEST}.guest.tunnel import serve\nserve()\n",
 }
 

@@ -165,14 +165,22 @@ class Meeting:
 
 
 def _pass_bundle(control: socket.socket) -> None:
-    """Hand over the guest code in a file that has no name, and that the receiver cannot write."""
+    """Hand over the guest code, in a file that has no name and that the receiver cannot write, and what tells our end.
+
+    The end of the control socket is not enough: a forked child of ours holds a copy. The descriptor of this process
+    gives the receiver no power over it, as it is of another pid namespace.
+    """
     fd = os.memfd_create("actbox-guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.write(fd, boot.bundle())
         os.lseek(fd, 0, os.SEEK_SET)
         reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            socket.send_fds(control, [b"g"], [reading])
+            own = os.pidfd_open(os.getpid())
+            try:
+                socket.send_fds(control, [b"g"], [reading, own])
+            finally:
+                os.close(own)
         finally:
             os.close(reading)
     finally:

@@ -29,8 +29,6 @@ from typing import TYPE_CHECKING
 import aiodocker
 import aiohttp
 
-from actbox.shielded import finish
-
 if TYPE_CHECKING:
     from aiodocker.stream import Stream
 
@@ -100,23 +98,16 @@ class Tunnel:
 
     async def close(self) -> None:
         """End the stream, and every socket with it. Bounded in time; may be called again."""
-        if self._closed:
-            return
-        self._closed = True
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await self._end()
+        if not self._closed:
+            await self._end()
 
     async def _end(self) -> None:
         self._closed = True
-        tasks = [channel.task for channel in self._channels.values() if channel.task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        own = asyncio.current_task()
+        await _cancel({task for task in self._tasks if task is not own})
+        # First the supervisor's socket: what a session's then tell is that the container is gone.
         self._control.close()
+        await _cancel({channel.task for channel in self._channels.values() if channel.task is not None})
         with contextlib.suppress(*GONE):
             await self._stream.close()
 
@@ -137,7 +128,7 @@ class Tunnel:
         finally:
             # The container is gone, or of no more use: whoever holds a socket of it learns that from the socket.
             if not self._closed:
-                await finish(self._end())
+                await self._end()
 
     def _take(self, kind: int, number: int, body: bytes) -> None:
         if kind == CONTROL:
@@ -253,6 +244,13 @@ class Tunnel:
             while data := await loop.sock_recv(channel.watch, _DATAGRAM):
                 await self._send(WATCH, number, data)
             await self._send(UNWATCH, number)
+
+
+async def _cancel(tasks: set[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 async def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
