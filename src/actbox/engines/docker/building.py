@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 import threading
 from collections import deque
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -138,7 +139,9 @@ async def _build(
         with (folder / "context.tar").open("w+b") as context:
             await asyncio.to_thread(_pack, context, folder / "site", image.id, python)
             context.seek(0)
+            before = await images.look(found, tag)
             await _send(found, tag, context, progress)
+            await _forget(found, before, await images.look(found, tag))
 
 
 class _Left(Exception):
@@ -250,20 +253,31 @@ def _add(archive: tarfile.TarFile, path: Path, name: str, *, script: bool = Fals
 async def _send(found: Daemon, tag: str, context: io.BufferedRandom, progress: Callable[[str], None]) -> None:
     tail: deque[str] = deque(maxlen=_TAIL)
     try:
-        stream = found.docker.images.build(
+        building = found.docker.images.build(
             fileobj=context, encoding="identity", tag=images.name_of(tag), rm=True, forcerm=True, stream=True
         )
-        async for item in stream:
-            if "error" in item:
-                raise aiodocker.DockerError(0, str(item["error"]))
-            for line in str(item.get("stream") or item.get("status") or "").splitlines():
-                text = "".join(character for character in line if character.isprintable()).strip()
-                if text:
-                    tail.append(text)
-                    progress(text)
+        async with aclosing(building) as stream:
+            async for item in stream:
+                if "error" in item:
+                    raise aiodocker.DockerError(0, str(item["error"]))
+                for line in str(item.get("stream") or item.get("status") or "").splitlines():
+                    text = "".join(character for character in line if character.isprintable()).strip()
+                    if text:
+                        tail.append(text)
+                        progress(text)
     except (aiodocker.DockerError, aiohttp.ClientError, OSError) as exc:
         said = daemon.said(exc) if isinstance(exc, aiodocker.DockerError) else str(exc)
         raise EnvironmentBuildError(tag, "\n".join([*tail, said])) from exc
+
+
+async def _forget(found: Daemon, before: images.Image | None, now: images.Image | None) -> None:
+    """Remove the image that was replaced, unless it has another name, or a container runs on it."""
+    if before is None or now is None or before.id == now.id:
+        return
+    with suppress(aiodocker.DockerError):
+        told: dict[str, Any] = await found.docker.images.inspect(before.id)
+        if not told.get("RepoTags"):
+            await found.docker.images.delete(before.id)
 
 
 def _ignore(line: str) -> None:

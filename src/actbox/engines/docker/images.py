@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,16 +125,17 @@ class _Layers:
 async def _pull(found: Daemon, tag: str, progress: Callable[[str], None]) -> None:
     progress(f"pulling the image {tag}")
     layers = _Layers(tag, progress)
-    stream = found.docker.images.pull(tag, stream=True)
     try:
-        while True:
-            async with asyncio.timeout(_STALL_SECONDS):
-                item: dict[str, Any] | None = await anext(stream, None)
-            if item is None:
-                return
-            if "error" in item:
-                raise aiodocker.DockerError(0, str(item["error"]))
-            layers.take(item)
+        # Closed whatever happens: as long as somebody listens the daemon goes on pulling.
+        async with aclosing(found.docker.images.pull(tag, stream=True)) as stream:
+            while True:
+                async with asyncio.timeout(_STALL_SECONDS):
+                    item: dict[str, Any] | None = await anext(stream, None)
+                if item is None:
+                    return
+                if "error" in item:
+                    raise aiodocker.DockerError(0, str(item["error"]))
+                layers.take(item)
     except aiodocker.DockerError as exc:
         detail = daemon.said(exc)
         if exc.status == _NOT_FOUND or "not found" in detail or "manifest unknown" in detail:
