@@ -256,7 +256,7 @@ async def _send(found: Daemon, tag: str, context: io.BufferedRandom, progress: C
         building = found.docker.images.build(
             fileobj=context, encoding="identity", tag=images.name_of(tag), rm=True, forcerm=True, stream=True
         )
-        async with aclosing(building) as stream:
+        async with aclosing(daemon.generator(building)) as stream:
             async for item in stream:
                 if "error" in item:
                     raise aiodocker.DockerError(0, str(item["error"]))

@@ -16,7 +16,7 @@ import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import aiodocker
 import aiohttp
@@ -24,8 +24,9 @@ import aiohttp
 from actbox.errors import ActboxError, SandboxUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator
+    from collections.abc import AsyncGenerator, AsyncIterator, Generator
 
+_Item = TypeVar("_Item")
 _USUAL = ("/run/docker.sock", "/var/run/docker.sock")
 ANSWER_SECONDS = 60.0
 _CONNECT_SECONDS = 10.0
@@ -169,3 +170,8 @@ def translated(layer: str, remedy: str = REMEDY) -> Generator[None]:
 def said(exc: aiodocker.DockerError) -> str:
     """An error's text, in one line."""
     return " ".join(str(exc.message).split())[:1000]
+
+
+def generator(items: AsyncIterator[_Item]) -> AsyncGenerator[_Item]:
+    """What the library calls an iterator is a generator, which can be closed."""
+    return cast("AsyncGenerator[_Item]", items)

@@ -127,7 +127,7 @@ async def _pull(found: Daemon, tag: str, progress: Callable[[str], None]) -> Non
     layers = _Layers(tag, progress)
     try:
         # Closed whatever happens: as long as somebody listens the daemon goes on pulling.
-        async with aclosing(found.docker.images.pull(tag, stream=True)) as stream:
+        async with aclosing(daemon.generator(found.docker.images.pull(tag, stream=True))) as stream:
             while True:
                 async with asyncio.timeout(_STALL_SECONDS):
                     item: dict[str, Any] | None = await anext(stream, None)
