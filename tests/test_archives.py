@@ -8,7 +8,9 @@ import itertools
 import os
 import socket
 import tarfile
+import tempfile
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +23,6 @@ from actbox.guest.unpacking import MAX_EXTENDED, Arrival, InTheWay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
-    from pathlib import Path
 
 SECRET = b"what only the host may read"
 END = bytes(1024)
@@ -274,13 +275,15 @@ def test_what_is_too_large_is_refused_at_its_header(tmp_path: Path) -> None:
     assert len(tree(tmp_path)) == 2
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_more_than_a_hundred_thousand_entries_are_refused_and_gone_again(tmp_path: Path) -> None:
-    """A24."""
-    entries = [member(f"{number:06}") for number in range(100_001)]
-    with pytest.raises(Refused, match="100000: there are too many members"):
-        unpack(b"".join(entries), tmp_path)
-    assert tree(tmp_path) == {}
+    """A24; in memory where that can be, as a disk may take a minute over so many."""
+    entries = b"".join(member(f"{number:06}") for number in range(100_001))
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        with pytest.raises(Refused, match="100000: there are too many members"):
+            unpack(entries, Path(folder))
+        assert os.listdir(folder) == []  # noqa: PTH208 - names are wanted
 
 
 def test_as_many_entries_as_allowed_are_unpacked_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

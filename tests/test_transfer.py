@@ -672,6 +672,23 @@ async def test_a_download_that_takes_too_long_is_interrupted(client: CodeExecuto
     assert await text_of(client, "x") == "1"
 
 
+async def test_nothing_more_is_kept_of_a_download_that_is_being_ended(
+    executor: CodeExecutor, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await text_of(executor, lie(WITHOUT_END))
+    feed, late = Arrival.feed, 0
+
+    def watch(self: Arrival, data: bytes) -> None:
+        nonlocal late
+        late += bool(executor._stops)
+        feed(self, data)
+
+    monkeypatch.setattr(Arrival, "feed", watch)
+    with pytest.raises(ExecutionTimeout):
+        await executor.download_file("/tmp/x", local / "out", timeout=0.3, max_bytes=1 << 41)
+    assert late <= 1  # which was on its way to the thread already
+
+
 async def test_a_download_that_does_not_heed_the_interrupt_is_killed(client: CodeExecutor, local: Path) -> None:
     await text_of(client, f"x = 1\n{lie('send(member(chr(97)))')}\nimport signal")
     await text_of(client, lie("import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"))
@@ -719,6 +736,32 @@ async def test_a_cancelled_download_leaves_nothing_and_the_session_goes_on(clien
     assert await text_of(client, "x") == "1"
 
 
+async def test_a_cancelled_download_waits_for_the_piece_that_is_being_written(
+    executor: CodeExecutor, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await text_of(executor, lie(WITHOUT_END))
+    entered, leave = threading.Event(), threading.Event()
+    feed, log = Arrival.feed, list[str]()
+
+    def slow(self: Arrival, data: bytes) -> None:
+        entered.set()
+        assert leave.wait(SECONDS)
+        feed(self, data)
+        log.append("fed")
+
+    monkeypatch.setattr(Arrival, "feed", slow)
+    download = asyncio.create_task(executor.download_file("/tmp/x", local / "out", max_bytes=1 << 41))
+    await until(entered.is_set)
+    download.cancel()
+    await until(lambda: executor._stops)
+    threading.Timer(0.05, leave.set).start()
+    with pytest.raises(asyncio.CancelledError):
+        await download
+    assert log == ["fed"]
+    assert names(local) == []
+    assert await text_of(executor, "1") == "1"
+
+
 async def test_a_client_that_leaves_in_the_middle_leaves_nothing_on_the_host(
     make_executor: MakeExecutor, local: Path
 ) -> None:
@@ -745,6 +788,19 @@ async def test_a_kernel_that_dies_in_the_middle_is_said_and_the_next_cell_knows(
     result = await client.execute("print('x' in globals(), open('/tmp/x').read())")
     assert (result.text, result.restarted) == ("False 1", True)
     assert not (await client.execute("1")).restarted
+
+
+async def test_what_a_dead_kernel_sent_is_never_continued_by_the_next_one(client: CodeExecutor, local: Path) -> None:
+    """It hides that it has begun, so that the download would be begun anew; but something of it has come already."""
+    body = "send(member('a', size=10**6) + bytes(50_000))\nhide()\nos.kill(os.getpid(), 9)"
+    hide = "import gc\nfrom actbox_guest.guest.interrupts import Interrupts\ndef hide():\n"
+    hide += (
+        "    for found in gc.get_objects():\n        if isinstance(found, Interrupts): found._page[16:24] = bytes(8)\n"
+    )
+    await text_of(client, f"{hide}\n{lie(body)}")
+    with pytest.raises(KernelDied):
+        await client.download_directory(f"skills/private/{client.key}", local / "out")
+    assert names(local) == []
 
 
 async def test_a_kernel_that_dies_in_the_middle_of_an_upload_is_said(client: CodeExecutor, local: Path) -> None:

@@ -50,8 +50,9 @@ class FileTransfers:
     """The methods of `ExecutionClient` that move files; it says how a transfer is submitted.
 
     `relpath` is a path inside, relative to `/app`, or absolute in `/app` or `/tmp`; `local_path` one of the host. Both
-    may name what they are to become, and neither may be a symbolic link, or inside lead through one. `timeout` is in
-    seconds, the time behind cells submitted before included.
+    may name what they are to become, and neither may be a symbolic link, or inside lead through one. On the host links
+    above `local_path` are followed: do not pass one below a folder that a session can write. `timeout` is in seconds,
+    the time behind cells submitted before included.
 
     Each method raises:
         InvalidArgument: a path, timeout or bound that cannot be used; nothing was done.
@@ -61,8 +62,8 @@ class FileTransfers:
         LocalPathError: the same of the file on the host.
         ExecutionTimeout, ExecutionInterrupted, KernelDied, ExecutionLost, ProtocolError: as for a cell.
 
-    A transfer that fails leaves no part of a file behind on either side, and none that it would have replaced is gone;
-    when the kernel was killed meanwhile a hidden folder `.actbox-*` may stay inside.
+    A transfer that fails leaves no part of a file behind on either side, and none that it would have replaced is gone.
+    Inside, folders that were made for it may stay, and if the kernel was killed a hidden one named `.actbox-*`.
     """
 
     def check_connected(self) -> None:

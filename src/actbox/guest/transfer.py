@@ -54,7 +54,7 @@ class Transfers:
             if request["type"] == "download":
                 return self._download(int(request["id"]), root, parts, as_file=as_file)
             if request["type"] == "upload":
-                self._upload(int(request["id"]), root, parts, as_file=as_file)
+                self._upload(root, parts, as_file=as_file)
             else:
                 self._delete(root, parts)
         except OSError as exc:
@@ -80,15 +80,14 @@ class Transfers:
         with self._interrupts.held:
             return next(pieces, None)
 
-    def _upload(self, number: int, root: str, parts: list[bytes], *, as_file: bool) -> None:
+    def _upload(self, root: str, parts: list[bytes], *, as_file: bool) -> None:
         with contextlib.ExitStack() as stack:
             with self._interrupts.held:
                 folder = _closed_by(stack, _walk(root, parts[:-1] if as_file else parts, make=True))
                 arrival = Arrival(folder, only=parts[-1] if as_file else None)
                 stack.callback(self._close, arrival)
-            while (frame := self._receive()).header.get("type") != "archive_end" or frame.header.get("id") != number:
-                # What is of another transfer was under way when that one ended before its time.
-                if frame.header.get("type") == "archive" and frame.header.get("id") == number:
+            while (frame := self._receive()).header.get("type") != "archive_end":
+                if frame.header.get("type") == "archive":
                     with self._interrupts.held:
                         arrival.feed(frame.payload)
             with self._interrupts.held:
