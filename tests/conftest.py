@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
@@ -27,6 +26,7 @@ from actbox.engines import bubblewrap
 from actbox.engines.docker import boot
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import AsyncIterator, Callable
 
 # A busy machine may take its time over an example.
@@ -62,7 +62,7 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session", params=["bubblewrap", "docker"])
-async def engine(request: pytest.FixtureRequest) -> str:
+async def engine(request: pytest.FixtureRequest, anyio_backend: str) -> str:
     """The engine under test: every one of them in turn. One that this machine lacks is skipped, but not in CI."""
     name: str = request.param
     try:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sandboxes import sandboxed
 
 import actbox.cli
 from actbox import EnvironmentBuildError, Layer, SandboxUnavailable, __version__
@@ -38,22 +39,23 @@ if os.isatty(0):
 os.execv(sys.executable, [sys.executable, "-m", "actbox", *sys.argv[1:]])
 """
 BOUND = 15.0
+# For tests of what happens on this side alone, whichever engine is on the other.
+one_engine = pytest.mark.engines("bubblewrap")
 TITLE_CLEAR_CLIPBOARD = "\x1b]0;title\x07 \x1b[2J \x1b]52;c;ZXZpbA==\x07"
 HOSTILE = f"{TITLE_CLEAR_CLIPBOARD} \x1b]8;;http://e\x07 \x1b[6n \x9b31m \u202eback \x1b[31mred one\rtwo"
 # The last, since it reaches to the end of its line.
 UNENDED = "\x90q"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def sandbox() -> None:
-    """The tests of this file need a machine on which sandboxes can be built."""
-    done = subprocess.run([*COMMAND, "doctor"], capture_output=True, encoding="utf-8", timeout=BOUND, check=False)
-    if done.returncode == ExitCode.UNAVAILABLE and not os.environ.get("CI"):
-        pytest.skip(done.stdout)
+@pytest.fixture
+def default_engine(engine: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The engine under test, as the one of commands that name none."""
+    monkeypatch.setenv("ACTBOX_ENGINE", engine)
+    return engine
 
 
 @pytest.fixture
-def environ() -> dict[str, str]:
+def environ(default_engine: str) -> dict[str, str]:
     return {
         **{name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "ACTBOX_BWRAP")},
         "TERM": "xterm",
@@ -135,17 +137,8 @@ class Running:
         os.write(self.reading, text.encode())
 
     def descendants(self) -> list[int]:
-        """Descriptors of all processes that it started, directly or not."""
-        parents: dict[int, int] = {}
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit():
-                with contextlib.suppress(OSError):
-                    # The name, in parentheses, may hold anything.
-                    parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        found = {self.process.pid}
-        while more := {pid for pid, parent in parents.items() if parent in found} - found:
-            found |= more
-        return [os.pidfd_open(pid) for pid in sorted(found - {self.process.pid})]
+        """Descriptors of all processes that it started, directly or not, and of those of its containers."""
+        return [os.pidfd_open(pid) for pid in sorted(sandboxed(self.process.pid))]
 
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -196,27 +189,32 @@ def test_output_goes_where_the_code_printed_it(cli: Cli) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (ExitCode.FINISHED, "out\n42\n", "err\n")
 
 
+@one_engine
 def test_unfinished_lines_are_passed_on_as_they_are(cli: Cli) -> None:
     done = cli("run", "-c", "print('no newline', end='')")
     assert (done.stdout, done.stderr) == ("no newline", "")
 
 
+@one_engine
 def test_a_display_stands_on_a_line_of_its_own(cli: Cli) -> None:
     done = cli("run", "-c", "print('a', end=''); display('b'); print('c', end=''); 'd'")
     assert done.stdout == "a\n'b'\nc\n'd'\n"
 
 
+@one_engine
 def test_a_display_without_text_is_named_by_its_formats(cli: Cli) -> None:
     done = cli("run", "-c", "display({'text/html': '<b>x</b>', 'x/\\x1b[2J': 'y'}, raw=True)")
     assert done.stdout == "[text/html, x/]\n"
 
 
+@one_engine
 def test_code_comes_from_a_file(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "code.py"
     file.write_text("\ufeffprint('größe')\n", "utf-8")
     assert cli("run", str(file)).stdout == "größe\n"
 
 
+@one_engine
 def test_code_comes_from_standard_input(cli: Cli) -> None:
     done = cli("run", "-", stdin="x = 20\nprint(x + 1)\n")
     assert (done.returncode, done.stdout) == (ExitCode.FINISHED, "21\n")
@@ -272,30 +270,53 @@ def test_the_codes_own_error_is_1_with_a_plain_traceback(cli: Cli) -> None:
     assert "\x1b" not in done.stderr
 
 
+def ends_with_a_line(
+    capfd: pytest.CaptureFixture[str], workspace: Path, arguments: list[str], code: ExitCode, words: str
+) -> None:
+    assert main(["run", "--workspace", str(workspace), *arguments]) == code
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert words in told.err.splitlines()[-1]
+    assert told.err.splitlines()[-1].startswith("actbox: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["-c", "while True: pass", "--timeout", "0.3"], ExitCode.TIMED_OUT, "did not end within 0.3 s"),
         (["-c", "import os; os._exit(7)"], ExitCode.DIED, "exited with code 7"),
         (["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], ExitCode.DIED, "SIGKILL"),
-        (["-c", "1", "--tag", "never-built"], ExitCode.UNAVAILABLE, "actbox build -t never-built"),
         (["-c", "1", "--key", "../up"], ExitCode.USAGE, "key='../up'"),
+    ],
+)
+@pytest.mark.usefixtures("default_engine")
+def test_each_bad_end_has_its_code_and_one_line(
+    capfd: pytest.CaptureFixture[str], workspace_path: Path, arguments: list[str], code: ExitCode, words: str
+) -> None:
+    ends_with_a_line(capfd, workspace_path, arguments, code, words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
         (["-c", "1", "--tag", "NO TAG"], ExitCode.USAGE, "tag='NO TAG'"),
         (["-c", "1", "--engine", "steam"], ExitCode.USAGE, "engine='steam'"),
+        (["-c", "1", "--engine", "bubblewrap", "--runtime", "runsc"], ExitCode.USAGE, "runtime='runsc'"),
         (["-c", "1", "--env-file", "/nonexistent.env"], ExitCode.USAGE, "nonexistent.env"),
         (["/nonexistent.py"], ExitCode.USAGE, "No such file"),
         (["/"], ExitCode.USAGE, "Is a directory"),
         (["a\0b"], ExitCode.USAGE, "null byte"),
+        (
+            ["-c", "1", "--engine", "bubblewrap", "--tag", "never-built"],
+            ExitCode.UNAVAILABLE,
+            "actbox build -t never-built",
+        ),
     ],
 )
-def test_each_bad_end_has_its_code_and_one_line(
+def test_what_cannot_begin_has_its_code_and_one_line(
     capfd: pytest.CaptureFixture[str], workspace_path: Path, arguments: list[str], code: ExitCode, words: str
 ) -> None:
-    assert main(["run", "--workspace", str(workspace_path), *arguments]) == code
-    told = capfd.readouterr()
-    assert told.out == ""
-    assert words in told.err.splitlines()[-1]
-    assert told.err.splitlines()[-1].startswith("actbox: ")
+    ends_with_a_line(capfd, workspace_path, arguments, code, words)
 
 
 @pytest.mark.parametrize("arguments", [[], ["run"], ["run", "-c", "1", "file"], ["run", "-c", "1", "--timeout", "nan"]])
@@ -320,10 +341,33 @@ def test_code_that_is_not_utf8_is_refused(capfd: pytest.CaptureFixture[str], tmp
     assert capfd.readouterr().err.count("it is not UTF-8") == 2
 
 
-def test_a_sandbox_that_cannot_be_built_is_8(cli: Cli) -> None:
-    done = cli("run", "-c", "print('ran')", ACTBOX_BWRAP="/nonexistent")
+# A machine without either engine.
+NEITHER = {"ACTBOX_BWRAP": "/nonexistent/bwrap", "DOCKER_HOST": "unix:///nonexistent/docker.sock"}
+SAID = {"bubblewrap": "/nonexistent/bwrap", "docker": "Cannot connect to Docker Engine via unix:///nonexistent/"}
+
+
+def test_a_sandbox_that_cannot_be_built_is_8(cli: Cli, engine: str) -> None:
+    done = cli("run", "-c", "print('ran')", **NEITHER)
     assert (done.returncode, done.stdout) == (ExitCode.UNAVAILABLE, "")
-    assert done.stderr.startswith("actbox: the sandbox cannot be built: bubblewrap: /nonexistent")
+    assert done.stderr.startswith(f"actbox: the sandbox cannot be built: {engine}: {SAID[engine]}")
+
+
+@pytest.mark.engines("bubblewrap")
+def test_a_lower_limit_of_the_hosts_is_kept(workspace_path: Path, environ: dict[str, str]) -> None:
+    limited = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NPROC, (200, 200)); "
+        "os.execv(sys.executable, [sys.executable, '-m', 'actbox', *sys.argv[1:]])"
+    )
+    code = "import resource; print(resource.getrlimit(resource.RLIMIT_NPROC))"
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "run", "--workspace", str(workspace_path), "-c", code],
+        env=environ,
+        timeout=BOUND,
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert (done.stdout, done.stderr) == ("(200, 200)\n", "")
 
 
 def test_a_workspace_that_is_a_file_is_9(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -333,6 +377,7 @@ def test_a_workspace_that_is_a_file_is_9(capfd: pytest.CaptureFixture[str], tmp_
     assert "actbox: " in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("default_engine")
 def test_a_guest_that_breaks_the_wire_is_7(capfd: pytest.CaptureFixture[str], workspace_path: Path) -> None:
     garbage = (
         "import os, socket, stat\n"
@@ -419,13 +464,15 @@ def test_a_reader_that_stops_reading_does_not_keep_a_signal_from_working(begin: 
     assert all_end(pidfds)
 
 
-def test_a_closed_output_ends_the_command_without_a_word(tmp_path: Path) -> None:
+@one_engine
+def test_a_closed_output_ends_the_command_without_a_word(tmp_path: Path, environ: dict[str, str]) -> None:
     errors = tmp_path / "errors"
     with errors.open("wb") as file:
         process = subprocess.Popen(
             [*COMMAND, "run", "--workspace", str(tmp_path / "workspace"), "-c", "while True: print('line')"],
             stdout=subprocess.PIPE,
             stderr=file,
+            env=environ,
         )
         assert process.stdout
         assert process.stdout.readline() == b"line\n"
@@ -434,11 +481,13 @@ def test_a_closed_output_ends_the_command_without_a_word(tmp_path: Path) -> None
     assert errors.read_bytes() == b""
 
 
+@one_engine
 def test_closed_standard_streams_do_no_harm(workspace_path: Path, environ: dict[str, str]) -> None:
     script = f'exec "{sys.executable}" -m actbox run --workspace "{workspace_path}" -c "print(1)" <&- >&- 2>&-'
     assert subprocess.run(["/bin/sh", "-c", script], env=environ, timeout=BOUND, check=False).returncode == 0
 
 
+@one_engine
 def test_a_full_disk_is_told(workspace_path: Path, environ: dict[str, str]) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
@@ -479,6 +528,7 @@ def assert_harmless(output: bytes) -> None:
     assert "red one" in text
 
 
+@one_engine
 def test_escape_sequences_from_inside_do_not_come_out(cli: Cli) -> None:
     done = cli("run", "-c", PRINT_ALL)
     assert done.returncode == ExitCode.ERROR
@@ -488,6 +538,7 @@ def test_escape_sequences_from_inside_do_not_come_out(cli: Cli) -> None:
     assert "\\u202eback" in done.stdout
 
 
+@one_engine
 def test_at_a_terminal_only_colors_of_a_traceback_come_out(begin: Callable[..., Running]) -> None:
     running = begin("run", "-c", PRINT_ALL, terminal=True)
     assert running.end() == ExitCode.ERROR
@@ -498,6 +549,7 @@ def test_at_a_terminal_only_colors_of_a_traceback_come_out(begin: Callable[..., 
     assert_harmless(SGR.sub(b"", shown))
 
 
+@one_engine
 def test_no_color_is_respected(begin: Callable[..., Running]) -> None:
     running = begin("run", "-c", "1 / 0", terminal=True, NO_COLOR="1")
     assert running.end() == ExitCode.ERROR
@@ -505,6 +557,7 @@ def test_no_color_is_respected(begin: Callable[..., Running]) -> None:
     assert b"\x1b" not in running.output
 
 
+@one_engine
 def test_what_is_waited_for_is_shown_and_taken_back_at_a_terminal(begin: Callable[..., Running]) -> None:
     running = begin("run", "-c", "print('done')", terminal=True)
     assert running.end() == ExitCode.FINISHED
@@ -515,7 +568,7 @@ def test_what_is_waited_for_is_shown_and_taken_back_at_a_terminal(begin: Callabl
 
 FIELDS = {
     *("outcome", "message", "text", "images", "outputs", "error", "state_kept", "signal", "exit_code"),
-    *("memory_limit", "execution_count", "duration", "restarted", "truncated"),
+    *("memory_limit", "execution_count", "duration", "restarted", "truncated", "limit"),
 }
 
 
@@ -545,6 +598,7 @@ def test_json_holds_a_result_whole(cli: Cli) -> None:
     assert not document["truncated"]
 
 
+@one_engine
 def test_json_tells_of_an_error(cli: Cli) -> None:
     done = cli("run", "--json", "-c", "print('before'); raise ValueError('bad\\x1b[2J')")
     document = one_document(done)
@@ -561,7 +615,11 @@ def test_json_tells_of_an_error(cli: Cli) -> None:
         (["-c", "import os; os._exit(7)"], 5, {"outcome": "died", "exit_code": 7, "signal": None, "state_kept": False}),
         (["-c", "import os; os.kill(os.getpid(), 9)"], 5, {"outcome": "died", "exit_code": None, "signal": 9}),
         (["-c", "while True: pass", "--timeout", "0.3"], 4, {"outcome": "timed_out", "state_kept": True}),
-        (["-c", "1", "--tag", "never-built"], 8, {"outcome": "unavailable", "text": None, "outputs": []}),
+        (
+            ["-c", "1", "--engine", "bubblewrap", "--tag", "never-built"],
+            8,
+            {"outcome": "unavailable", "text": None, "outputs": []},
+        ),
         (["-c", "print('x' * 3_000_000)"], 0, {"outcome": "finished", "truncated": True}),
     ],
 )
@@ -572,6 +630,7 @@ def test_json_tells_how_it_ended(cli: Cli, arguments: list[str], code: int, fact
     assert {name: document[name] for name in facts} == facts
 
 
+@one_engine
 @pytest.mark.parametrize("body", ["[1e999, -1e999]", *("[" * depth + "]" * depth for depth in (200, 400, 480, 900))])
 def test_json_is_json_whatever_the_guest_displays(cli: Cli, body: str) -> None:
     # The guest's own encoder refuses most of it: what is sent is made by hand, as a hostile guest would.
@@ -610,6 +669,7 @@ def test_the_repl_runs_what_comes_through_a_pipe(cli: Cli) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "Out[2]: 2\n", "")
 
 
+@one_engine
 def test_the_repl_gathers_lines_until_they_are_complete(cli: Cli) -> None:
     code = "for i in range(2):\n    print(i)\n\ndef f(\n  a,\n):\n  return a\n\nf(\n'x'\n)\n%%bash\necho hi\n\n"
     code += "'''a\n\nb'''"
@@ -627,17 +687,20 @@ def test_the_repl_goes_on_after_errors_and_deaths(cli: Cli) -> None:
     assert "begins without the session's state" in done.stderr
 
 
+@one_engine
 def test_the_repl_never_runs_code_on_this_side(cli: Cli, tmp_path: Path) -> None:
     done = cli("repl", stdin=f"!touch {tmp_path}/made\nopen('{tmp_path}/made', 'w')\nbreakpoint\n")
     assert done.returncode == 0
     assert not (tmp_path / "made").exists()
 
 
+@one_engine
 def test_the_repl_leaves_at_exit(cli: Cli) -> None:
     done = cli("repl", stdin="1\nexit\n2\n")
     assert (done.returncode, done.stdout) == (0, "Out[1]: 1\n")
 
 
+@one_engine
 def test_the_repl_bounds_cells_when_asked(cli: Cli) -> None:
     done = cli("repl", "--timeout", "0.3", stdin="x = 5\nwhile True: pass\n\nx\n")
     assert (done.returncode, done.stdout) == (0, "Out[3]: 5\n")
@@ -645,7 +708,7 @@ def test_the_repl_bounds_cells_when_asked(cli: Cli) -> None:
 
 
 def test_the_repl_ends_with_8_where_no_sandbox_can_be_built(cli: Cli) -> None:
-    assert cli("repl", stdin="1\n", ACTBOX_BWRAP="/nonexistent").returncode == ExitCode.UNAVAILABLE
+    assert cli("repl", stdin="1\n", **NEITHER).returncode == ExitCode.UNAVAILABLE
 
 
 def test_the_repl_at_a_terminal_prompts_interrupts_and_leaves(begin: Callable[..., Running]) -> None:
@@ -744,13 +807,15 @@ def test_doctor_finds_that_sandboxes_can_be_built(cli: Cli) -> None:
     assert done.stdout.splitlines()[-1].startswith("Sandboxes can be built on this machine")
 
 
-def test_doctor_says_what_is_missing_and_how_to_mend_it(cli: Cli) -> None:
-    done = cli("doctor", ACTBOX_BWRAP="/nonexistent")
+REMEDIES = {"bubblewrap": "Install the system's package", "docker": "Start the Docker engine"}
+
+
+def test_doctor_says_what_is_missing_and_how_to_mend_it(cli: Cli, engine: str) -> None:
+    done = cli("doctor", **NEITHER)
     assert done.returncode == ExitCode.UNAVAILABLE
-    assert re.search(
-        r"^MISSING  bubblewrap +/nonexistent: .*\n {11}-> Install the system's package", done.stdout, re.MULTILINE
-    )
-    assert done.stdout.splitlines()[-1] == "Sandboxes cannot be built on this machine: bubblewrap."
+    line = rf"^MISSING  {engine} +{SAID[engine]}.*\n {{11}}-> {REMEDIES[engine]}"
+    assert re.search(line, done.stdout, re.MULTILINE), done.stdout
+    assert done.stdout.splitlines()[-1] == f"Sandboxes cannot be built on this machine: {engine}."
 
 
 def test_doctor_as_json(cli: Cli) -> None:
@@ -764,7 +829,7 @@ def test_doctor_as_json(cli: Cli) -> None:
 def test_doctor_shows_weaker_layers_and_hostile_details_harmlessly(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    async def examine(*_: object) -> list[Layer]:
+    async def examine(*_: object, **__: object) -> list[Layer]:
         return [Layer("fine", "on", "is\x1b[2J on"), Layer("sessions apart", "weaker", "one\neach", "Do\nthis.")]
 
     monkeypatch.setattr(actbox.cli, "examine", examine)

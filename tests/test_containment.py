@@ -194,7 +194,7 @@ def written_programs() -> dict[str, str]:
     """Open for writing what every session runs."""
     paths = ["/proc/self/exe", "/proc/1/exe", os.path.realpath(sys.executable), json.__file__]
     modules = [module for name, module in sys.modules.items() if name.startswith("actbox_guest")]
-    paths += sorted({module.__file__ for module in modules if getattr(module, "__file__", None)})
+    paths += sorted({file for module in modules if (file := getattr(module, "__file__", None))})
     return {path: said(lambda path=path: os.close(os.open(path, os.O_WRONLY))) for path in paths}
 
 
@@ -670,9 +670,9 @@ def use_pty() -> bool:
     return text == b"hello"
 
 
-def use_loopback() -> bool:
+def use_loopback(ipv6: bool = True) -> bool:  # noqa: FBT001, FBT002 - called by `inside`
     for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-        if family == socket.AF_INET6 and not os.path.exists("/proc/net/if_inet6"):
+        if family == socket.AF_INET6 and not (ipv6 and os.path.exists("/proc/net/if_inet6")):
             continue  # a kernel without it
         with (
             socket.create_server((host, 0), family=family) as server,
@@ -760,27 +760,25 @@ NOT_INSIDE = [
     *("/var/run/docker.sock", "/run/docker.sock", "/run/containerd/containerd.sock", "/run/user"),
 ]
 # An image has files of its own at the usual places; a container's engine adds some of these.
-NOT_IN_A_CONTAINER = [
-    *("/run", "/sys", "/oldroot", "/newroot", "/.old", "/.dockerenv", "/dev/mqueue"),
-    *("/var/run/docker.sock", "/run/docker.sock", "/run/containerd/containerd.sock", "/run/user", "/run/actbox"),
-]
+SOCKETS = ["/var/run/docker.sock", "/run/docker.sock", "/run/containerd/containerd.sock", "/run/user"]
+NOT_IN_A_CONTAINER = ["/run", "/sys", "/oldroot", "/newroot", "/.old", "/.dockerenv", "/dev/mqueue", *SOCKETS]
 IN_ROOT = {"app", "bin", "dev", "etc", "gnu", "lib", "lib32", "lib64", "libx32", "nix", "opt", "proc", "tmp", "usr"}
 IN_ETC = {"alternatives", "fonts", "group", "hosts", "ld.so.cache", "nsswitch.conf", "passwd"}
 
 
 def check_image(found: list[list[str]], folders: set[str]) -> None:
-    """All but the session's own mounts is of the image, each part at its own place."""
+    """What is mounted is the session's own or of the image, and each part of the image is at its own place."""
     shown = {place: (device, root) for place, device, root in found}
-    # What Docker writes for the container itself; its words are looked at too.
     own = {"/", "/dev", "/dev/pts", "/dev/shm", "/proc", "/tmp", *DOCKER_FILES, *folders}
-    own |= {place for place in shown if place.startswith("/dev/") and shown[place][1] == place.removeprefix("/dev")}
+    own |= {place for place in shown if place.startswith("/dev/")}
     assert own <= shown.keys()
-    assert {shown[place] for place in shown.keys() - own} == {
-        (shown["/usr"][0], place) for place in shown.keys() - own
-    }
-    assert len({device for device, _ in (shown[place] for place in ("/", "/usr", "/proc", "/dev"))}) == 4
+    image = shown["/usr"][0]
+    assert image not in {shown[place][0] for place in own}
+    others = shown.keys() - own
+    assert {place: shown[place] for place in others} == {place: (image, place) for place in others}
 
 
+# What Docker writes for each container of its.
 DOCKER_FILES = ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf"]
 
 
@@ -1755,7 +1753,7 @@ async def _host_seen(executor: CodeExecutor) -> bool:
 
 async def _shared_memory_seen(executor: CodeExecutor) -> bool:
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
-        Path(file.name).chmod(0o644)
+        os.fchmod(file.fileno(), 0o644)
         return (await inside(executor, opened, [file.name]))[file.name] == "ok"
 
 
@@ -1805,7 +1803,7 @@ DOCKER_MUTANTS = {
         _secured("no-new-privileges", []), (*NO_FILTERS, NO_NEW_PRIVILEGES), _set_uid_works
     ),
     "system call profile (H3)": DockerMutant(_secured("seccomp=", ["seccomp=unconfined"]), NO_FILTERS, _namespace_made),
-    "unprivileged user (H9)": DockerMutant(lambda body: body.update(User="0:0"), (), _is_root),
+    "unprivileged user (H9)": DockerMutant(OTHERWISE["User"], (), _is_root),
 }
 
 

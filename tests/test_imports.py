@@ -36,7 +36,7 @@ FLOORS: tuple[set[str], ...] = (
     {"client", "container"},
     {"gateway", "supervision", "transfer"},
     {"execution", "sessions"},
-    {"egress", "engines", "guest", "link", "logger", "result", "workspace"},
+    {"egress", "engines", "guest", "link", "logger", "result", "usage", "workspace"},
     {"dotenv", "files", "protocol"},
     {"events", "spec"},
     {"network"},

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiodocker.containers import DockerContainer, DockerContainers
-from sandboxes import children, containers, descendants, folders, sandboxed
+from sandboxes import children, containers, folders, sandboxed
 
 from actbox import (
     CodeExecutionContainer,

@@ -394,9 +394,9 @@ class ExecutionContainer:
 class _LocalSession:
     """A session of a container in this process: two sockets, one straight to the kernel and one to its watcher.
 
-    State: `_link` to the kernel; `_watch` to the watcher; `_killed`, whether that was ordered, and `_gone`, whether
-    the container is being closed; `_exit`, set once; in a
-    sandbox of its own also that sandbox, closed with the session.
+    State: `_link` to the kernel; `_watch` to the watcher; `_at_work`, whether the kernel owes a reply; `_killed`,
+    whether that was ordered, and `_gone`, whether the container is being closed; `_exit`, set once; in a sandbox of its
+    own also that sandbox, closed with the session.
     """
 
     def __init__(
@@ -419,6 +419,7 @@ class _LocalSession:
         self._link: Link | None = None
         self._watch: socket.socket | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._at_work = False
         self._killed = False
         self._gone = False
         self._exit: Exit | None = None
@@ -439,6 +440,9 @@ class _LocalSession:
         watch.setblocking(False)
         self._watch = watch
         self._loop.add_reader(watch, self._hear)
+        if self._disk is not None:
+            # From before the first cell: what the folder holds then is none of the session's doing.
+            self._disk_watch = asyncio.create_task(self._watch_disk(self._disk))
         self._link = await Link.over(stream)
         with contextlib.suppress(OSError):
             await self._link.send({"type": "start"}, json.dumps(config).encode())
@@ -451,16 +455,18 @@ class _LocalSession:
         return f" (wait status {exit_.status})" if exit_ is not None else ""
 
     async def receive(self) -> Frame | None:
-        return await self._link.receive() if self._link is not None else None
+        frame = await self._link.receive() if self._link is not None else None
+        if frame is not None and frame.header.get("type") == "execute_reply":
+            self._at_work = False
+        return frame
 
     async def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
         if self._link is None:
             raise ConnectionResetError("the session was not started")
-        if header.get("type") == "execute":
-            if self.limits.cpu is not None:
-                self._order({"op": "cell"})
-            if self._disk is not None and (self._disk_watch is None or self._disk_watch.done()):
-                self._disk_watch = asyncio.create_task(self._watch_disk(self._disk))
+        if header.get("type") == "execute" and self.limits.cpu is not None:
+            self._order({"op": "cell"})
+        # Pieces of an upload may come behind the reply that has ended it.
+        self._at_work = self._at_work or header.get("type") not in ("archive", "archive_end")
         await self._link.send(header, payload)
 
     @property
@@ -487,18 +493,15 @@ class _LocalSession:
             self._closing = asyncio.ensure_future(self._own_boundary.close())
 
     async def _watch_disk(self, disk: DiskWatch) -> None:
-        """Look at the private folder for as long as it changes, and a while longer."""
         while self._exit is None:
             overrun = await disk.look()
             if overrun is not None:
                 self._pass_on(overrun)
-            if disk.quiet:
-                return
             await asyncio.sleep(disk.pause)
 
     def _pass_on(self, overrun: Overrun) -> None:
         """Have the cell ended that went over a limit; without one, the session."""
-        if self.on_overrun is not None:
+        if self._at_work and self.on_overrun is not None:
             self.on_overrun(overrun)
         else:
             self._overrun = overrun

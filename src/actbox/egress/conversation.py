@@ -15,6 +15,7 @@ from actbox.egress.heads import Connect, Fetch
 from actbox.egress.policy import decide
 from actbox.egress.relay import PIECE, Over, Relay
 from actbox.egress.verdicts import FAILURES, Reason, Record, Refusal, Verdict, escaped
+from actbox.network import canonical_host
 
 if TYPE_CHECKING:
     from actbox.egress.dialling import Resolver
@@ -88,9 +89,8 @@ class Conversation:
     async def _serve(self) -> None:
         head, rest = await self._read_head()
         request = _granted(heads.parse(head))
-        self._host, self._port = escaped(request.host), request.port
+        self._host, self._port = canonical_host(request.host) or escaped(request.host), request.port
         target = _granted(decide(self._network, request.host, request.port, plain=isinstance(request, Fetch)))
-        self._host = target.host
         if self._meter.spent:
             raise Over(self._meter.spent)
         addresses = _granted(await resolve(self._resolver, target))
@@ -117,7 +117,7 @@ class Conversation:
         with await self._connect(target, addresses) as host:
             self._relay = Relay(self._guest, host, self._meter, self._network.idle_seconds)
             try:
-                await self._relay.exchange(request.head(target) + first, length - len(first))
+                await self._relay.exchange(request.head(target) + first, length - len(first), request.method)
             finally:
                 if self._relay.answering:
                     self._stage = _Stage.NONE

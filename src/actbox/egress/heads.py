@@ -35,6 +35,7 @@ _DROPPED = frozenset(
         *(b"proxy-authorization", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
     }
 )
+_WITHOUT_BODY = frozenset({204, 304})  # RFC 9112, section 6.3
 _PHRASES = {
     400: "Bad Request",
     403: "Forbidden",
@@ -117,10 +118,27 @@ def parse(head: bytes) -> Connect | Fetch | Refusal:
     return _fetch(method, target, fields)
 
 
-def answer(head: bytes) -> tuple[int, bytes] | None:
-    """The status of a whole head of an answer, and the head as it goes to the guest; None if it is none.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The head of an answer: its status, the head as it goes to the guest, and the bytes of the body behind it.
 
-    A final answer says that the connection ends with it, whatever the host said: there is one request a connection.
+    `length` is None if the body lasts until the connection ends, or tells its end itself.
+    """
+
+    status: int
+    head: bytes
+    length: int | None
+
+    @property
+    def final(self) -> bool:
+        """Whether it is the answer itself, and not news of one to come (100 to 199)."""
+        return self.status >= 200  # noqa: PLR2004 - RFC 9110, section 15
+
+
+def answer(head: bytes, method: bytes) -> Answer | None:
+    """What a whole head of an answer to this method says; None if it is none.
+
+    A final one tells the guest that the connection ends with it, whatever the host said: there is one request on each.
     """
     first, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
     found = _STATUS.fullmatch(first)
@@ -128,10 +146,20 @@ def answer(head: bytes) -> tuple[int, bytes] | None:
         return None
     status = int(found[1])
     if status < 200:  # noqa: PLR2004 - there is more to come
-        return status, head
+        return Answer(status, head, 0)
+    named: dict[bytes, list[bytes]] = {}
+    for line in lines:
+        name, _, value = line.partition(b":")
+        named.setdefault(name.strip().lower(), []).append(value.strip())
     dropped = (b"connection:", b"keep-alive:", b"proxy-connection:", b"upgrade:")
     kept = [line for line in lines if not line.lower().startswith(dropped)]
-    return status, b"\r\n".join([first, *kept, b"Connection: close", b"", b""])
+    lengths = named.get(b"content-length", [])
+    length = None
+    if method == b"HEAD" or status in _WITHOUT_BODY:
+        length = 0
+    elif b"transfer-encoding" not in named and len(lengths) == 1 and _LENGTH.fullmatch(lengths[0]):
+        length = int(lengths[0])
+    return Answer(status, b"\r\n".join([first, *kept, b"Connection: close", b"", b""]), length)
 
 
 def refuse(refusal: Refusal) -> bytes:

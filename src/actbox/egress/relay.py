@@ -88,15 +88,15 @@ class Relay:
         self.answering = True
         await self._both(self._upwards(first, None), self._downwards(), until_answered=False)
 
-    async def exchange(self, first: bytes, body: int) -> None:
+    async def exchange(self, first: bytes, body: int, method: bytes) -> None:
         """Send one request, its head and what has come of its body in `first`, and relay the answer until its end.
 
-        `body` is how many bytes are still to come from the guest; not one more is read.
+        `body` is how many bytes are still to come from the guest; of what it says behind them nothing is sent.
 
         Raises:
             Over: a bound was reached, or the host's answer is not HTTP.
         """
-        await self._both(self._upwards(first, body), self._answer(), until_answered=True)
+        await self._both(self._upwards(first, body), self._answer(method), until_answered=True)
 
     # -- the two directions, each a task ----------------------------------------------------------------------------
 
@@ -111,9 +111,8 @@ class Relay:
                     done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
                         task.result()
-                    if not until_answered:
-                        self._bound = min(self._bound, _HALF_CLOSED)
-                        self._moved()
+                    self._bound = min(self._bound, _HALF_CLOSED)
+                    self._moved()
         except TimeoutError:
             raise Over(Refusal(504, Reason.IDLE, f"{Reason.IDLE}, {self._bound:g} s")) from None
         except _Gone:
@@ -124,22 +123,24 @@ class Relay:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _upwards(self, first: bytes, left: int | None) -> None:
-        """To the host: `first`, then `left` bytes of the guest's, or all until its end."""
+        """To the host: `first`, then `left` bytes of the guest's, or all; then wait for the guest's end."""
         if not await self._send(first):
             return
         while left is None or left > 0:
             piece = await self._read(self._guest, PIECE if left is None else min(PIECE, left))
+            if not piece and left is not None:
+                raise _Gone  # in the middle of its request
             if not piece:
-                break
+                with contextlib.suppress(OSError):
+                    self._host.shutdown(socket.SHUT_WR)
+                return
             if left is not None:
                 left -= len(piece)
             if not await self._send(piece):
                 return
-        if left is None:
-            with contextlib.suppress(OSError):
-                self._host.shutdown(socket.SHUT_WR)
-        elif left:
-            raise _Gone  # in the middle of its request
+        # Many hosts take the end of what they read for the end of all, so they are not told.
+        while await self._read(self._guest, PIECE, moves=False):
+            pass
 
     async def _downwards(self) -> None:
         """To the guest: all until the host's end."""
@@ -148,11 +149,11 @@ class Relay:
         with contextlib.suppress(OSError):
             self._guest.shutdown(socket.SHUT_WR)
 
-    async def _answer(self) -> None:
+    async def _answer(self, method: bytes) -> None:
         """To the guest: the host's answer, marked as the last of this connection."""
         data = bytearray()
-        status = 0
-        while status < 200:  # noqa: PLR2004 - before the final answer there may be others
+        answer = None
+        while answer is None or not answer.final:
             end = heads.end_of_head(data)
             while end is None:
                 seen = len(data)
@@ -161,26 +162,35 @@ class Relay:
                 if not piece or seen > _MOST_ANSWER_HEAD or not data.startswith(b"HTTP/1."[: len(data)]):
                     raise Over(_bad_answer())
                 end = heads.end_of_head(data, seen)
-            answer = heads.answer(bytes(data[:end]))
+            answer = heads.answer(bytes(data[:end]), method)
             # What is spoken after a switch of protocols is not HTTP; nobody could have asked for one.
-            if answer is None or answer[0] == _SWITCHING:
+            if answer is None or answer.status == _SWITCHING:
                 raise Over(_bad_answer())
-            status, head = answer
-            await self._pass(head)
+            await self._pass(answer.head)
             del data[:end]
-        await self._pass(bytes(data))
-        await self._downwards()
+        if answer.length is None:
+            await self._pass(bytes(data))
+            await self._downwards()
+            return
+        # Not all hosts close the connection because they were asked to.
+        left = answer.length
+        piece = bytes(data[:left])
+        while left > 0 and (piece or (piece := await self._read(self._host, min(PIECE, left)))):
+            left -= len(piece)
+            await self._pass(piece)
+            piece = b""
 
     # -- single steps -----------------------------------------------------------------------------------------------
 
-    async def _read(self, source: socket.socket, count: int) -> bytes:
+    async def _read(self, source: socket.socket, count: int, *, moves: bool = True) -> bytes:
         # Where data is always there and always taken, no call would ever give way to the loop's other work.
         await asyncio.sleep(0)
         try:
             data = await asyncio.get_running_loop().sock_recv(source, count)
         except OSError:
             raise _Gone from None
-        self._moved()
+        if moves:
+            self._moved()
         return data
 
     async def _send(self, data: bytes) -> bool:

@@ -26,19 +26,18 @@ _ANYWHERE = """
     getsockname getsockopt gettid gettimeofday getuid getxattr getxattrat inotify_add_watch inotify_init1
     inotify_rm_watch io_cancel io_destroy io_getevents io_pgetevents io_setup io_submit ioprio_get ioprio_set kill
     landlock_add_rule landlock_create_ruleset landlock_restrict_self lgetxattr linkat listen listxattr listxattrat
-    llistxattr lremovexattr lseek lsetxattr madvise map_shadow_stack membarrier memfd_create mincore mlock mlock2
-    mlockall mmap mprotect mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink mremap mseal msgctl
-    msgget msgrcv msgsnd msync munlock munlockall munmap nanosleep newfstatat pidfd_open pidfd_send_signal pipe2
-    pkey_alloc pkey_free pkey_mprotect ppoll prctl pread64 preadv preadv2 prlimit64 pselect6 pwrite64 pwritev pwritev2
-    read readahead readlinkat readv recvfrom recvmmsg recvmsg remap_file_pages removexattr removexattrat renameat
-    renameat2 restart_syscall rseq rseq_slice_yield rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo
-    rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min
-    sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval sched_setaffinity
-    sched_setattr sched_setparam sched_setscheduler sched_yield semctl semget semop semtimedop sendfile sendmmsg sendmsg
-    sendto set_robust_list set_tid_address setfsgid setfsuid setgid setgroups setitimer setpgid setpriority setregid
-    setresgid setresuid setreuid setrlimit setsid setsockopt setuid setxattr setxattrat shmat shmctl shmdt shmget
-    shutdown sigaltstack signalfd4 splice statfs statx symlinkat sync sync_file_range syncfs sysinfo tee tgkill
-    timer_create timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime
+    llistxattr lremovexattr lseek lsetxattr madvise map_shadow_stack membarrier mincore mlock mlock2 mlockall mmap
+    mprotect mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink mremap mseal msync munlock
+    munlockall munmap nanosleep newfstatat pidfd_open pidfd_send_signal pipe2 pkey_alloc pkey_free pkey_mprotect ppoll
+    prctl pread64 preadv preadv2 prlimit64 pselect6 pwrite64 pwritev pwritev2 read readahead readlinkat readv recvfrom
+    recvmmsg recvmsg remap_file_pages removexattr removexattrat renameat renameat2 restart_syscall rseq rseq_slice_yield
+    rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
+    rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam
+    sched_getscheduler sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam sched_setscheduler
+    sched_yield sendfile sendmmsg sendmsg sendto set_robust_list set_tid_address setfsgid setfsuid setgid setgroups
+    setitimer setpgid setpriority setregid setresgid setresuid setreuid setrlimit setsid setsockopt setuid setxattr
+    setxattrat shutdown sigaltstack signalfd4 splice statfs statx symlinkat sync sync_file_range syncfs sysinfo tee
+    tgkill timer_create timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime
     timerfd_settime times tkill truncate umask uname unlinkat utimensat wait4 waitid write writev
 """
 

@@ -9,6 +9,7 @@ import resource
 from typing import Any
 
 _PAGE = resource.getpagesize()
+_BOUNDED = (("tmp", "/tmp"), ("shm", "/dev/shm"), ("tmp", "/app"))
 _MOST_LINKS = 16  # of a chain of exceptions, which may be endless
 
 
@@ -38,7 +39,7 @@ def _of_one(error: BaseException, limits: dict[str, Any]) -> tuple[str, int] | N
     if number == errno.EFBIG:
         return "file_size", limits["file_size"]
     if number == errno.ENOSPC:
-        full = next((name for name, place in (("tmp", "/tmp"), ("shm", "/dev/shm")) if _is_full(place)), None)
+        full = next((name for name, place in _BOUNDED if _is_full(place, limits[name])), None)
         return (full, limits[full]) if full is not None else None
     if number == errno.EAGAIN or (isinstance(error, RuntimeError) and "start new thread" in str(error)):
         # A socket without data says the same; then there is room for more processes.
@@ -53,9 +54,11 @@ def _private_memory() -> int:
         return int(file.read().split()[5]) * _PAGE
 
 
-def _is_full(place: str) -> bool:
+def _is_full(place: str, size: int) -> bool:
     room = os.statvfs(place)
-    return room.f_bavail * room.f_frsize < _PAGE or room.f_favail == 0
+    # /app may be something larger: then it is not bounded by this limit.
+    is_ours = room.f_blocks * room.f_frsize <= size + _PAGE
+    return is_ours and (room.f_bavail * room.f_frsize < _PAGE or room.f_favail == 0)
 
 
 def _tasks() -> int:

@@ -134,6 +134,13 @@ REFUSED: Mapping[str, str] = {
 SETUP = "mount umount2 pivot_root chroot unshare sethostname"
 """Calls that building a session takes: allowed by the outer stage, answered EPERM by the inner one."""
 
+UNBOUNDED: Mapping[str, str] = {
+    "memory that no limit of ours sees: it is neither in a process nor below a folder of bounded size": (
+        "memfd_create shmget shmat shmctl shmdt msgget msgsnd msgrcv msgctl semget semop semtimedop semctl"
+    ),
+}
+"""Reason: calls answered ENOSYS by the inner stage, as by a kernel that was built without them. /dev/shm stays."""
+
 # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET}. CLONE_NEWTIME (0x80) is not among them: in clone() that bit belongs to the
 # exit signal, and unshare(), where it counts, is refused whole.
 _CLONE_NEW = 0x7E02_0000
@@ -208,6 +215,7 @@ POLICIES: Mapping[Stage, Policy] = {
     "outer": _OUTER,
     "inner": {
         **_OUTER,
+        **_always(ENOSYS, UNBOUNDED),
         **_always(EPERM, {"namespaces and mounts": SETUP}),
         "clone": (refuse(EPERM, any_bit(0, _CLONE_NEW)),),
     },

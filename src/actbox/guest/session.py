@@ -98,7 +98,7 @@ def _run_second(start: Start) -> NoReturn:
             raise
         sockets.stream.close()
         # In a pid namespace of its own this process is 1; otherwise what came before it is not the session's.
-        _stand_watch(sockets.watch, page, kernel, children, usage.Meter(limits, os.getpid()))
+        _stand_watch(sockets.watch, page, kernel, children, usage.Meter(limits, os.getpid(), config["cwd"]))
     except BaseException:  # noqa: BLE001 - see run_first; the host knows already, or is gone
         os._exit(70)
     finally:

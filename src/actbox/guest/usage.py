@@ -6,6 +6,7 @@ The watcher looks often while the session works, and seldom while it sleeps: mem
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 _PAGE = resource.getpagesize()
 _TICKS = os.sysconf("SC_CLK_TCK")
 _SHORTEST, _LONGEST = 0.25, 2.0
+# Descriptors that one look asks about, so that their number does not hold up the rest.
+_MOST_FDS = 4096
 
 
 @dataclass
@@ -26,19 +29,29 @@ class Overrun:
 class Meter:
     """The bounds that only the session as a whole can pass.
 
-    State: `_pause` until the next look, in seconds; the processor time at the last look and at the beginning of the
-    cell; whether this cell's overrun was told.
+    Args:
+        limits: `memory` and `disk` in bytes, `cpu` in seconds or None.
+        own: the number of the watcher's process.
+        place: the folder whose disk `disk` is about.
+
+    State: `_pause` until the next look, in seconds; the processor time at the last look, and from where it counts, None
+    before the first cell; that of each process, and the sum of what they were seen to use; the bytes in deleted files
+    that were told of.
     """
 
-    def __init__(self, limits: dict[str, float | None], own: int) -> None:
+    def __init__(self, limits: dict[str, float | None], own: int, place: str) -> None:
         self._memory = int(limits["memory"] or 0)
+        self._disk = int(limits["disk"] or 0)
         self._cpu = limits["cpu"]
         # Where sessions have no pid namespace of their own, what is older than the watcher is none of the session's.
         self._own = own
+        self._device = os.stat(place).st_dev
         self._pause = _SHORTEST
         self._last = 0.0
-        self._base = 0.0
-        self._told = True
+        self._base: float | None = None
+        self._times: dict[int, int] = {}
+        self._seen = 0
+        self._deleted = 0
 
     @property
     def pause(self) -> int:
@@ -48,7 +61,6 @@ class Meter:
     def begin_cell(self) -> None:
         """The host has sent a cell: processor time counts from here."""
         self._base = self._seconds(_processes(self._own))
-        self._told = self._cpu is None
         self._pause = _SHORTEST
 
     def look(self) -> Overrun | None:
@@ -65,15 +77,30 @@ class Meter:
             memory = sum(map(_proportional, pids))
             if memory > self._memory:
                 return Overrun("memory", memory)
-        if not self._told and self._cpu is not None and seconds - self._base > self._cpu:
-            self._told = True
-            return Overrun("cpu", round(seconds - self._base, 3))
+        if self._cpu is not None and self._base is not None and seconds - self._base > self._cpu:
+            # Who goes on after this is told of again.
+            used, self._base = seconds - self._base, seconds
+            return Overrun("cpu", round(used, 3))
+        before, self._deleted = self._deleted, _in_deleted_files(pids, self._device)
+        if self._deleted > max(self._disk, before):
+            return Overrun("disk", self._deleted)
         return None
 
     def _seconds(self, pids: list[int]) -> float:
-        """Processor time of all that live, of their children that ended, and of orphans."""
+        """Processor time of all that live, of their children that ended, and of orphans.
+
+        The system forgets the time of children that nobody waits for (whose parent ignores SIGCHLD): what they were
+        seen to use counts then.
+        """
         gone = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return gone.ru_utime + gone.ru_stime + sum(map(_ticks, pids)) / _TICKS
+        before, self._times = self._times, {}
+        total = 0
+        for pid in pids:
+            own, children = _ticks(pid)
+            self._times[pid] = own
+            self._seen += own - before.get(pid, 0) if own >= before.get(pid, 0) else own
+            total += own + children
+        return max(gone.ru_utime + gone.ru_stime + total / _TICKS, self._seen / _TICKS)
 
 
 def _processes(own: int) -> list[int]:
@@ -91,10 +118,11 @@ def _read(path: str) -> bytes:
     return b""
 
 
-def _ticks(pid: int) -> int:
+def _ticks(pid: int) -> tuple[int, int]:
+    """A process's own processor time, and that of children that it has waited for."""
     fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-    # utime, stime, and those of children that it has waited for: proc(5), fields 14 to 17.
-    return sum(map(int, fields[11:15]))
+    # utime, stime, cutime, cstime: proc(5), fields 14 to 17.
+    return sum(map(int, fields[11:13])), sum(map(int, fields[13:15]))
 
 
 def _resident(pids: list[int]) -> int:
@@ -111,3 +139,21 @@ def _proportional(pid: int) -> int:
         if line.startswith(b"Pss:"):
             return int(line.split()[1]) << 10
     return _resident([pid])
+
+
+def _in_deleted_files(pids: list[int], device: int) -> int:
+    """Bytes on a disk in files that are open and have no name any more: no walk through a folder finds them."""
+    held: dict[int, int] = {}
+    fds = (f"/proc/{pid}/fd/{fd}" for pid in pids for fd in _listed(f"/proc/{pid}/fd"))
+    for path in itertools.islice(fds, _MOST_FDS):
+        with contextlib.suppress(OSError):
+            told = os.stat(path)
+            if told.st_nlink == 0 and told.st_dev == device:
+                held[told.st_ino] = told.st_blocks * 512
+    return sum(held.values())
+
+
+def _listed(folder: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return os.listdir(folder)
+    return []
