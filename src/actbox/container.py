@@ -12,6 +12,7 @@ import secrets
 import signal
 import socket
 import sys
+from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -27,23 +28,29 @@ from actbox.errors import (
 )
 from actbox.gateway import Gateway
 from actbox.link import Link
+from actbox.network import Network
 from actbox.sessions import Exit, read_overrun
 from actbox.shielded import finish
 from actbox.spec import DEFAULT_TAG, Bind, ContainerSpec, Limits, check_key, make_binds
 from actbox.supervision import NestingRefused, Supervision
 from actbox.usage import DiskWatch
+from actbox.way_out import WayOut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
     from types import TracebackType
 
+    from actbox.egress import Record, Resolver
     from actbox.engines.base import Boundary, Engine
     from actbox.events import Overrun
     from actbox.protocol.frames import Frame
 
 logger = logging.getLogger(__name__)
+egress_logger = logging.getLogger("actbox.egress")
 
 DEFAULT_PRELOAD = ("numpy", "pandas", "matplotlib.pyplot", "matplotlib_inline.backend_inline")
+_PACKAGES = "/tmp/.packages"
+_KEPT_RECORDS = 1000
 _EXIT_SECONDS = 5.0
 # Between the deaths of a kernel and of its container, when both are killed at once.
 _SUDDEN_SECONDS = 0.05
@@ -64,7 +71,9 @@ class ExecutionContainer:
         engine: "bubblewrap", "docker", or "auto": `ACTBOX_ENGINE` if that is set, else bubblewrap where its boundary
             stands, else Docker.
         limits: bounds on each session.
-        network: None, the only value: there is no network inside.
+        network: which hosts sessions may reach, by a proxy on the host that decides about every connection; None for no
+            network at all. What a session installs with pip goes to its scratch space, can be imported from the next
+            cell on, and ends with the session.
         preload: modules imported once, before sessions are forked; None for numpy, pandas and matplotlib as far as
             the environment has them. A module's threads and open files do not survive the fork.
         readonly: targets of `binds` that may not be written inside.
@@ -91,14 +100,14 @@ class ExecutionContainer:
         *,
         engine: str = "auto",
         limits: Limits | None = None,
-        network: None = None,
+        network: Network | None = None,
         preload: Collection[str] | None = None,
         readonly: Collection[str] = (),
         runtime: str | None = None,
         separate: bool = False,
     ) -> None:
-        if network is not None:
-            raise InvalidArgument("network", network, "sessions have no network; pass None")
+        if network is not None and not isinstance(network, Network):
+            raise InvalidArgument("network", network, "pass Network(allow=[...]), or None for no network")
         if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16):
             raise InvalidArgument("port", port, "pass a TCP port from 1 to 65535, or None for a free one")
         self._engines: tuple[Engine, ...] = engines.candidates(engine, runtime)
@@ -112,6 +121,12 @@ class ExecutionContainer:
             preload=tuple(DEFAULT_PRELOAD if preload is None else preload),
             runtime=runtime,
         )
+        self._network = network
+        self._egress: deque[Record] = deque(maxlen=_KEPT_RECORDS)
+        self.on_egress: Callable[[Record], None] | None = None
+        """Called with the record of each connection that a session tried, when it is over."""
+        self.resolver: Resolver | None = None
+        """Finds the addresses of names for the sessions opened from now on; None for this machine's own."""
         self._asked_port = port
         self._show_progress = show_pull_progress
         self._token = secrets.token_urlsafe(32)
@@ -166,6 +181,25 @@ class ExecutionContainer:
         if len(self._engines) > 1:
             raise StateError(f"this container is {self._state}: its engine is not decided yet")
         return next(engine.name for engine in self._engines)
+
+    @property
+    def network(self) -> Network | None:
+        """Which hosts sessions may reach; None for none."""
+        return self._network
+
+    @property
+    def egress(self) -> tuple[Record, ...]:
+        """The connections that sessions tried, with host, bytes and verdict: the last 1000 that are over.
+
+        Each is also a line of the log "actbox.egress".
+        """
+        return tuple(self._egress)
+
+    def _note_egress(self, record: Record) -> None:
+        self._egress.append(record)
+        egress_logger.info("%s", record)
+        if self.on_egress is not None:
+            self.on_egress(record)
 
     @property
     def isolation(self) -> str:
@@ -282,7 +316,9 @@ class ExecutionContainer:
             boundary, supervision = None, self._supervision
             if supervision is None:
                 raise ConnectionError("the container is gone")
-        session = _LocalSession(self._spec.limits, supervision, boundary, self._disk_watch(key), self._sessions.discard)
+        session = _LocalSession(
+            self._spec.limits, supervision, boundary, self._disk_watch(key), self._way_out(), self._sessions.discard
+        )
         self._sessions.add(session)
         try:
             await session.start(self._session_config(key))
@@ -290,6 +326,9 @@ class ExecutionContainer:
             await session.close()
             raise
         return session
+
+    def _way_out(self) -> WayOut | None:
+        return None if self._network is None else WayOut(self._network, self._note_egress, self.resolver)
 
     def _disk_watch(self, key: str | None) -> DiskWatch | None:
         """What watches the size of the session's private folder, if it has one."""
@@ -314,6 +353,7 @@ class ExecutionContainer:
             "limits": asdict(self._spec.limits),
             "cwd": cwd,
             "skills": skills or ["/app"],
+            "packages": None if self._network is None else _PACKAGES,
         }
 
     async def _start_supervisor(self) -> None:
@@ -405,6 +445,7 @@ class _LocalSession:
         supervision: Supervision,
         boundary: Boundary | None,
         disk: DiskWatch | None,
+        way_out: WayOut | None,
         forget: Callable[[_LocalSession], None],
     ) -> None:
         self.limits = limits
@@ -414,6 +455,7 @@ class _LocalSession:
         self._loop = asyncio.get_running_loop()
         self.on_overrun: Callable[[Overrun], None] | None = None
         self._disk = disk
+        self._way_out = way_out
         self._disk_watch: asyncio.Task[None] | None = None
         self._overrun: Overrun | None = None
         self._link: Link | None = None
@@ -431,7 +473,8 @@ class _LocalSession:
         watch, their_watch = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with their_stream, their_watch:
             try:
-                self._supervision.ask_session(their_stream, their_watch)
+                asking = () if self._way_out is None else (self._way_out.theirs,)
+                self._supervision.ask_session(their_stream, their_watch, *asking)
             except BaseException:
                 stream.close()
                 watch.close()
@@ -517,6 +560,8 @@ class _LocalSession:
         self._stop_hearing()
         if self._disk_watch is not None:
             self._disk_watch.cancel()
+        if self._way_out is not None:
+            await self._way_out.close()
         if self._link is not None:
             self._link.close()
         self._end_sandbox()
