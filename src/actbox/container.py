@@ -11,13 +11,14 @@ import re
 import secrets
 import signal
 import socket
+import struct
 import sys
 from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from actbox import engines, sessions
+from actbox import cgroups, engines, sessions
 from actbox.errors import (
     ConnectionError,
     InvalidArgument,
@@ -26,6 +27,7 @@ from actbox.errors import (
     StateError,
     WorkspaceError,
 )
+from actbox.events import Overrun
 from actbox.gateway import Gateway
 from actbox.link import Link
 from actbox.network import Network
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 
     from actbox.egress import Record, Resolver
     from actbox.engines.base import Boundary, Engine
-    from actbox.events import Overrun
     from actbox.protocol.frames import Frame
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ DEFAULT_PRELOAD = ("numpy", "pandas", "matplotlib.pyplot", "matplotlib_inline.ba
 _PACKAGES = "/tmp/.packages"
 _KEPT_RECORDS = 1000
 _EXIT_SECONDS = 5.0
+# struct ucred, unix(7): pid, uid, gid of who sent a datagram, as this process's namespaces know them.
+_CREDENTIALS = struct.Struct("=III")
+_SCM_CREDENTIALS = 2
 # Between the deaths of a kernel and of its container, when both are killed at once.
 _SUDDEN_SECONDS = 0.05
 
@@ -135,6 +139,7 @@ class ExecutionContainer:
         self._gateway: Gateway | None = None
         self._sessions: set[_LocalSession] = set()
         self._refusal: NestingRefused | None = None
+        self._hierarchy: cgroups.Hierarchy | None = None
         self._state = "new"
 
     def _make_binds(self, binds: Mapping[str, str] | None, readonly: Collection[str]) -> tuple[Bind, ...]:
@@ -181,6 +186,14 @@ class ExecutionContainer:
         if len(self._engines) > 1:
             raise StateError(f"this container is {self._state}: its engine is not decided yet")
         return next(engine.name for engine in self._engines)
+
+    @property
+    def enforcement(self) -> str:
+        """What bounds a session's memory and processes: "cgroup v2", "cgroup v1", or "rlimits and a watchdog".
+
+        The limits of processes and the watchdog are in force in any case.
+        """
+        return str(self._hierarchy) if self._hierarchy is not None else "rlimits and a watchdog"
 
     @property
     def network(self) -> Network | None:
@@ -317,7 +330,13 @@ class ExecutionContainer:
             if supervision is None:
                 raise ConnectionError("the container is gone")
         session = _LocalSession(
-            self._spec.limits, supervision, boundary, self._disk_watch(key), self._way_out(), self._sessions.discard
+            self._spec.limits,
+            supervision,
+            boundary,
+            self._disk_watch(key),
+            self._way_out(),
+            self._make_group(),
+            self._sessions.discard,
         )
         self._sessions.add(session)
         try:
@@ -326,6 +345,16 @@ class ExecutionContainer:
             await session.close()
             raise
         return session
+
+    def _make_group(self) -> cgroups.Group | None:
+        """A control group for a session. A Docker engine has its own around the whole container."""
+        if self._hierarchy is None:
+            return None
+        try:
+            return cgroups.Group(self._hierarchy, self._spec.limits)
+        except OSError as exc:
+            logger.warning("no control group can be made for a session: %s", exc)
+            return None
 
     def _way_out(self) -> WayOut | None:
         return None if self._network is None else WayOut(self._network, self._note_egress, self.resolver)
@@ -366,6 +395,8 @@ class ExecutionContainer:
                 refused.append(exc)
             else:
                 self._engines = (engine,)
+                if engine.name == "bubblewrap":
+                    self._hierarchy = await asyncio.to_thread(_find_hierarchy)
                 return
         if len(refused) == 1:
             raise refused[0]
@@ -446,6 +477,7 @@ class _LocalSession:
         boundary: Boundary | None,
         disk: DiskWatch | None,
         way_out: WayOut | None,
+        group: cgroups.Group | None,
         forget: Callable[[_LocalSession], None],
     ) -> None:
         self.limits = limits
@@ -454,6 +486,8 @@ class _LocalSession:
         self._forget = forget
         self._loop = asyncio.get_running_loop()
         self.on_overrun: Callable[[Overrun], None] | None = None
+        self._group = group
+        self._grouped: asyncio.Future[None] = self._loop.create_future()
         self._disk = disk
         self._way_out = way_out
         self._disk_watch: asyncio.Task[None] | None = None
@@ -480,9 +514,15 @@ class _LocalSession:
                 watch.close()
                 raise
         watch.setblocking(False)
+        if self._group is not None:
+            watch.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._watch = watch
         self._loop.add_reader(watch, self._hear)
         self._link = await Link.over(stream)
+        if self._group is not None:
+            # Nothing of the guest's own runs before it has read its configuration.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._grouped, _EXIT_SECONDS)
         with contextlib.suppress(OSError):
             await self._link.send({"type": "start"}, json.dumps(config).encode())
         await sessions.wait_ready(self._link.receive, self._how_it_ended)
@@ -562,6 +602,8 @@ class _LocalSession:
             self._disk_watch.cancel()
         if self._way_out is not None:
             await self._way_out.close()
+        if self._group is not None:
+            await finish(asyncio.to_thread(self._group.remove))
         if self._link is not None:
             self._link.close()
         self._end_sandbox()
@@ -579,9 +621,14 @@ class _LocalSession:
     def _hear(self) -> None:
         """What the watcher says: of a limit that was passed, at last how the kernel ended; or the watcher's own end."""
         data = b""
+        ancillary: list[tuple[int, int, bytes]] = []
         with contextlib.suppress(BlockingIOError, OSError):
-            data = self._watch.recv(4096) if self._watch is not None else b""
+            if self._watch is not None:
+                data, ancillary, _, _ = self._watch.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS.size))
         news: dict[str, Any] = json.loads(data) if data else {}
+        if "hello" in news:
+            self._join(ancillary)
+            return
         if "over" in news:
             overrun = read_overrun(news["over"], self.limits)
             if overrun is not None:
@@ -606,6 +653,19 @@ class _LocalSession:
     def _note_sudden_exit(self, exit_: Exit) -> None:
         self._note_exit(exit_ if self._supervision.answers() else Exit(gone=True))
 
+    def _join(self, ancillary: list[tuple[int, int, bytes]]) -> None:
+        """Put the watcher, and with it all that it will start, into the session's group."""
+        if self._group is None or self._grouped.done():
+            return
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, _SCM_CREDENTIALS):
+                pid = _CREDENTIALS.unpack_from(data)[0]
+                try:
+                    self._group.add(pid)
+                except OSError as exc:
+                    logger.warning("a session cannot be put into its control group: %s", exc)
+        self._grouped.set_result(None)
+
     def _stop_hearing(self) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
@@ -613,12 +673,21 @@ class _LocalSession:
             watch.close()
 
     def _note_exit(self, exit_: Exit) -> None:
+        if _was_killed(exit_) and exit_.overrun is None and self._group is not None and self._group.memory_kills():
+            exit_ = replace(exit_, overrun=Overrun("memory", self.limits.memory, self._group.peak()))
         # A kernel may kill itself; that the machine killed something for memory meanwhile tells the other case.
         if _was_killed(exit_) and exit_.overrun is None and oom_kills() > self._oom_kills:
             exit_ = replace(exit_, memory_limit=self.limits.memory)
         if self._exit is None:
             self._exit = Exit(gone=True) if self._gone else exit_
             self._exited.set()
+
+
+def _find_hierarchy() -> cgroups.Hierarchy | None:
+    found = cgroups.find()
+    if found is not None:
+        cgroups.sweep(found)
+    return found
 
 
 def _bind(port: int | None) -> socket.socket:

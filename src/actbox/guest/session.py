@@ -81,6 +81,8 @@ def _run_second(start: Start) -> NoReturn:
         signal.set_wakeup_fd(-1)
         close_other_files({0, 1, 2, start.handover.fileno()})
         sockets = _take_sockets(start.handover)
+        # The system tells the host who says it: so it learns this process's number in its own namespace.
+        _tell(sockets.watch, {"hello": True})
         try:
             config = _read_config(sockets.stream)
             limits = config["limits"]
