@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import aiodocker
 
@@ -162,8 +162,7 @@ class _Start:
         remedy = "`actbox doctor --engine docker` tells what the engine can do."
         with daemon.translated("docker", remedy):
             try:
-                self._asked = True
-                self._container = await self._found.docker.containers.create(dict(made.body), name=self._name)
+                self._container = await self._made(dict(made.body))
             except aiodocker.DockerError as exc:
                 detail = daemon.said(exc)
                 if "bind source path does not exist" in detail or "no such file or directory" in detail:
@@ -173,6 +172,18 @@ class _Start:
                 raise
             audit(made, await self._container.show(), podman=self._found.is_podman)
         return self._container
+
+    async def _made(self, body: dict[str, Any]) -> DockerContainer:
+        """Have the container made, and wait for that even if cancelled: else it would be there later, and unknown."""
+        self._asked = True
+        making = asyncio.ensure_future(self._found.docker.containers.create(body, name=self._name))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            await asyncio.wait([making], timeout=daemon.ANSWER_SECONDS)
+            if making.done() and not making.cancelled() and making.exception() is None:
+                self._container = making.result()
+            raise
 
     async def undo(self) -> None:
         """End whatever has been begun."""
