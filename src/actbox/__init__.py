@@ -47,6 +47,7 @@ from actbox.executor import (
     execution_environment,
 )
 from actbox.logger import Logger
+from actbox.network import Network
 from actbox.result import ExecutionResult, Image, Output
 from actbox.spec import Limits
 from actbox.workspace import Workspace
@@ -82,6 +83,7 @@ __all__ = [
     "LocalPathError",
     "LocalPathMissing",
     "Logger",
+    "Network",
     "Output",
     "PortInUse",
     "ProtocolError",

@@ -33,6 +33,7 @@ from actbox import (
     ExecutionError,
     InvalidArgument,
     Layer,
+    Network,
     Output,
     ProtocolError,
     SandboxUnavailable,
@@ -216,6 +217,13 @@ def _add_session_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workspace", type=Path, default=Path("workspace"), metavar="FOLDER", help="made if missing (./workspace)"
     )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="a host that the session may reach, such as pypi.org or *.pythonhosted.org; repeatable (default: none)",
+    )
     parser.add_argument("--env-file", type=Path, metavar="FILE", help="variables for the session, in .env format")
     _add_engine_arguments(parser)
 
@@ -290,6 +298,7 @@ async def _session(
                     workspace_path=arguments.workspace,
                     engine=arguments.engine,
                     runtime=arguments.runtime,
+                    network=Network(arguments.allow) if arguments.allow else None,
                     # The one session is there before anything could be loaded for it.
                     preload=(),
                 )

@@ -11,12 +11,14 @@ import re
 import secrets
 import signal
 import socket
+import struct
 import sys
+from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from actbox import engines, sessions
+from actbox import cgroups, engines, sessions
 from actbox.errors import (
     ConnectionError,
     InvalidArgument,
@@ -25,26 +27,35 @@ from actbox.errors import (
     StateError,
     WorkspaceError,
 )
+from actbox.events import Overrun
 from actbox.gateway import Gateway
 from actbox.link import Link
+from actbox.network import Network
 from actbox.sessions import Exit, read_overrun
 from actbox.shielded import finish
 from actbox.spec import DEFAULT_TAG, Bind, ContainerSpec, Limits, check_key, make_binds
 from actbox.supervision import NestingRefused, Supervision
 from actbox.usage import DiskWatch
+from actbox.way_out import WayOut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
     from types import TracebackType
 
+    from actbox.egress import Record, Resolver
     from actbox.engines.base import Boundary, Engine
-    from actbox.events import Overrun
     from actbox.protocol.frames import Frame
 
 logger = logging.getLogger(__name__)
+egress_logger = logging.getLogger("actbox.egress")
 
 DEFAULT_PRELOAD = ("numpy", "pandas", "matplotlib.pyplot", "matplotlib_inline.backend_inline")
+_PACKAGES = "/tmp/.packages"
+_KEPT_RECORDS = 1000
 _EXIT_SECONDS = 5.0
+# struct ucred, unix(7): pid, uid, gid of who sent a datagram, as this process's namespaces know them.
+_CREDENTIALS = struct.Struct("=III")
+_SCM_CREDENTIALS = 2
 # Between the deaths of a kernel and of its container, when both are killed at once.
 _SUDDEN_SECONDS = 0.05
 
@@ -64,7 +75,9 @@ class ExecutionContainer:
         engine: "bubblewrap", "docker", or "auto": `ACTBOX_ENGINE` if that is set, else bubblewrap where its boundary
             stands, else Docker.
         limits: bounds on each session.
-        network: None, the only value: there is no network inside.
+        network: which hosts sessions may reach, by a proxy on the host that decides about every connection; None for no
+            network at all. What a session installs with pip goes to its scratch space, can be imported from the next
+            cell on, and ends with the session.
         preload: modules imported once, before sessions are forked; None for numpy, pandas and matplotlib as far as
             the environment has them. A module's threads and open files do not survive the fork.
         readonly: targets of `binds` that may not be written inside.
@@ -91,14 +104,14 @@ class ExecutionContainer:
         *,
         engine: str = "auto",
         limits: Limits | None = None,
-        network: None = None,
+        network: Network | None = None,
         preload: Collection[str] | None = None,
         readonly: Collection[str] = (),
         runtime: str | None = None,
         separate: bool = False,
     ) -> None:
-        if network is not None:
-            raise InvalidArgument("network", network, "sessions have no network; pass None")
+        if network is not None and not isinstance(network, Network):
+            raise InvalidArgument("network", network, "pass Network(allow=[...]), or None for no network")
         if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16):
             raise InvalidArgument("port", port, "pass a TCP port from 1 to 65535, or None for a free one")
         self._engines: tuple[Engine, ...] = engines.candidates(engine, runtime)
@@ -112,6 +125,12 @@ class ExecutionContainer:
             preload=tuple(DEFAULT_PRELOAD if preload is None else preload),
             runtime=runtime,
         )
+        self._network = network
+        self._egress: deque[Record] = deque(maxlen=_KEPT_RECORDS)
+        self.on_egress: Callable[[Record], None] | None = None
+        """Called with the record of each connection that a session tried, when it is over."""
+        self.resolver: Resolver | None = None
+        """Finds the addresses of names for the sessions opened from now on; None for this machine's own."""
         self._asked_port = port
         self._show_progress = show_pull_progress
         self._token = secrets.token_urlsafe(32)
@@ -120,6 +139,7 @@ class ExecutionContainer:
         self._gateway: Gateway | None = None
         self._sessions: set[_LocalSession] = set()
         self._refusal: NestingRefused | None = None
+        self._hierarchy: cgroups.Hierarchy | None = None
         self._state = "new"
 
     def _make_binds(self, binds: Mapping[str, str] | None, readonly: Collection[str]) -> tuple[Bind, ...]:
@@ -166,6 +186,33 @@ class ExecutionContainer:
         if len(self._engines) > 1:
             raise StateError(f"this container is {self._state}: its engine is not decided yet")
         return next(engine.name for engine in self._engines)
+
+    @property
+    def enforcement(self) -> str:
+        """What bounds a session's memory and processes: "cgroup v2", "cgroup v1", or "rlimits and a watchdog".
+
+        The limits of processes and the watchdog are in force in any case.
+        """
+        return str(self._hierarchy) if self._hierarchy is not None else "rlimits and a watchdog"
+
+    @property
+    def network(self) -> Network | None:
+        """Which hosts sessions may reach; None for none."""
+        return self._network
+
+    @property
+    def egress(self) -> tuple[Record, ...]:
+        """The connections that sessions tried, with host, bytes and verdict: the last 1000 that are over.
+
+        Each is also a line of the log "actbox.egress".
+        """
+        return tuple(self._egress)
+
+    def _note_egress(self, record: Record) -> None:
+        self._egress.append(record)
+        egress_logger.info("%s", record)
+        if self.on_egress is not None:
+            self.on_egress(record)
 
     @property
     def isolation(self) -> str:
@@ -282,7 +329,15 @@ class ExecutionContainer:
             boundary, supervision = None, self._supervision
             if supervision is None:
                 raise ConnectionError("the container is gone")
-        session = _LocalSession(self._spec.limits, supervision, boundary, self._disk_watch(key), self._sessions.discard)
+        session = _LocalSession(
+            self._spec.limits,
+            supervision,
+            boundary,
+            self._disk_watch(key),
+            self._way_out(),
+            self._make_group(),
+            self._sessions.discard,
+        )
         self._sessions.add(session)
         try:
             await session.start(self._session_config(key))
@@ -290,6 +345,19 @@ class ExecutionContainer:
             await session.close()
             raise
         return session
+
+    def _make_group(self) -> cgroups.Group | None:
+        """A control group for a session. A Docker engine has its own around the whole container."""
+        if self._hierarchy is None:
+            return None
+        try:
+            return cgroups.Group(self._hierarchy, self._spec.limits)
+        except OSError as exc:
+            logger.warning("no control group can be made for a session: %s", exc)
+            return None
+
+    def _way_out(self) -> WayOut | None:
+        return None if self._network is None else WayOut(self._network, self._note_egress, self.resolver)
 
     def _disk_watch(self, key: str | None) -> DiskWatch | None:
         """What watches the size of the session's private folder, if it has one."""
@@ -314,6 +382,7 @@ class ExecutionContainer:
             "limits": asdict(self._spec.limits),
             "cwd": cwd,
             "skills": skills or ["/app"],
+            "packages": None if self._network is None else _PACKAGES,
         }
 
     async def _start_supervisor(self) -> None:
@@ -326,6 +395,8 @@ class ExecutionContainer:
                 refused.append(exc)
             else:
                 self._engines = (engine,)
+                if engine.name == "bubblewrap":
+                    self._hierarchy = await asyncio.to_thread(_find_hierarchy)
                 return
         if len(refused) == 1:
             raise refused[0]
@@ -405,6 +476,8 @@ class _LocalSession:
         supervision: Supervision,
         boundary: Boundary | None,
         disk: DiskWatch | None,
+        way_out: WayOut | None,
+        group: cgroups.Group | None,
         forget: Callable[[_LocalSession], None],
     ) -> None:
         self.limits = limits
@@ -413,7 +486,10 @@ class _LocalSession:
         self._forget = forget
         self._loop = asyncio.get_running_loop()
         self.on_overrun: Callable[[Overrun], None] | None = None
+        self._group = group
+        self._grouped: asyncio.Future[None] = self._loop.create_future()
         self._disk = disk
+        self._way_out = way_out
         self._disk_watch: asyncio.Task[None] | None = None
         self._overrun: Overrun | None = None
         self._link: Link | None = None
@@ -432,18 +508,25 @@ class _LocalSession:
         watch, their_watch = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with their_stream, their_watch:
             try:
-                self._supervision.ask_session(their_stream, their_watch)
+                asking = () if self._way_out is None else (self._way_out.theirs,)
+                self._supervision.ask_session(their_stream, their_watch, *asking)
             except BaseException:
                 stream.close()
                 watch.close()
                 raise
         watch.setblocking(False)
+        if self._group is not None:
+            watch.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._watch = watch
         self._loop.add_reader(watch, self._hear)
         if self._disk is not None:
             # From before the first cell: what the folder holds then is none of the session's doing.
             self._disk_watch = asyncio.create_task(self._watch_disk(self._disk))
         self._link = await Link.over(stream)
+        if self._group is not None:
+            # Nothing of the guest's own runs before it has read its configuration.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._grouped, _EXIT_SECONDS)
         with contextlib.suppress(OSError):
             await self._link.send({"type": "start"}, json.dumps(config).encode())
         await sessions.wait_ready(self._link.receive, self._how_it_ended)
@@ -520,6 +603,10 @@ class _LocalSession:
         self._stop_hearing()
         if self._disk_watch is not None:
             self._disk_watch.cancel()
+        if self._way_out is not None:
+            await self._way_out.close()
+        if self._group is not None:
+            await finish(asyncio.to_thread(self._group.remove))
         if self._link is not None:
             self._link.close()
         self._end_sandbox()
@@ -537,9 +624,14 @@ class _LocalSession:
     def _hear(self) -> None:
         """What the watcher says: of a limit that was passed, at last how the kernel ended; or the watcher's own end."""
         data = b""
+        ancillary: list[tuple[int, int, bytes]] = []
         with contextlib.suppress(BlockingIOError, OSError):
-            data = self._watch.recv(4096) if self._watch is not None else b""
+            if self._watch is not None:
+                data, ancillary, _, _ = self._watch.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS.size))
         news: dict[str, Any] = json.loads(data) if data else {}
+        if "hello" in news:
+            self._join(ancillary)
+            return
         if "over" in news:
             overrun = read_overrun(news["over"], self.limits)
             if overrun is not None:
@@ -564,6 +656,19 @@ class _LocalSession:
     def _note_sudden_exit(self, exit_: Exit) -> None:
         self._note_exit(exit_ if self._supervision.answers() else Exit(gone=True))
 
+    def _join(self, ancillary: list[tuple[int, int, bytes]]) -> None:
+        """Put the watcher, and with it all that it will start, into the session's group."""
+        if self._group is None or self._grouped.done():
+            return
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, _SCM_CREDENTIALS):
+                pid = _CREDENTIALS.unpack_from(data)[0]
+                try:
+                    self._group.add(pid)
+                except OSError as exc:
+                    logger.warning("a session cannot be put into its control group: %s", exc)
+        self._grouped.set_result(None)
+
     def _stop_hearing(self) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
@@ -571,12 +676,21 @@ class _LocalSession:
             watch.close()
 
     def _note_exit(self, exit_: Exit) -> None:
+        if _was_killed(exit_) and exit_.overrun is None and self._group is not None and self._group.memory_kills():
+            exit_ = replace(exit_, overrun=Overrun("memory", self.limits.memory, self._group.peak()))
         # A kernel may kill itself; that the machine killed something for memory meanwhile tells the other case.
         if _was_killed(exit_) and exit_.overrun is None and oom_kills() > self._oom_kills:
             exit_ = replace(exit_, memory_limit=self.limits.memory)
         if self._exit is None:
             self._exit = Exit(gone=True) if self._gone else exit_
             self._exited.set()
+
+
+def _find_hierarchy() -> cgroups.Hierarchy | None:
+    found = cgroups.find()
+    if found is not None:
+        cgroups.sweep(found)
+    return found
 
 
 def _bind(port: int | None) -> socket.socket:

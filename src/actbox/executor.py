@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from actbox.workspace import Workspace
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Mapping
 
+    from actbox.egress import Record
+    from actbox.network import Network
     from actbox.spec import Limits
 
 __all__ = [
@@ -62,7 +65,7 @@ class CodeExecutionContainer(ExecutionContainer):
         *,
         engine: str = "auto",
         limits: Limits | None = None,
-        network: None = None,
+        network: Network | None = None,
         preload: Collection[str] | None = None,
         readonly: Collection[str] = (SHARED,),
         runtime: str | None = None,
@@ -212,7 +215,7 @@ async def execution_environment(
     *,
     engine: str = "auto",
     limits: Limits | None = None,
-    network: None = None,
+    network: Network | None = None,
     preload: Collection[str] | None = None,
     readonly: Collection[str] = (SHARED,),
     runtime: str | None = None,
@@ -251,9 +254,28 @@ async def execution_environment(
             runtime=runtime,
             separate=separate,
         ) as container,
+        _logging_egress(container, logger),
         CodeExecutor(executor_key, container.workspace, container.port, logger=logger) as executor,
     ):
         yield CodeExecutionEnvironment(container, executor, logger)
+
+
+@asynccontextmanager
+async def _logging_egress(container: CodeExecutionContainer, logger: Logger) -> AsyncGenerator[None]:
+    """Have every connection that a session tries written to the log."""
+    writing: set[asyncio.Task[None]] = set()
+
+    def note(record: Record) -> None:
+        task = asyncio.ensure_future(logger.log(f"connection {record.verdict}", asdict(record)))
+        writing.add(task)
+        task.add_done_callback(writing.discard)
+
+    container.on_egress = note
+    try:
+        yield
+    finally:
+        if writing:
+            await asyncio.wait(writing)
 
 
 def _subject(execution: Execution) -> dict[str, Any]:

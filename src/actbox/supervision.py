@@ -106,14 +106,14 @@ class Supervision:
         """Wait until every library of `preload` was imported, or the supervisor is gone."""
         await self._warmed.wait()
 
-    def ask_session(self, stream: socket.socket, watch: socket.socket) -> None:
-        """Ask for a session that holds these two sockets.
+    def ask_session(self, *sockets: socket.socket) -> None:
+        """Ask for a session that holds these sockets: stream, watch, and one to ask for connections, if it may.
 
         Raises:
             ConnectionError: the supervisor is gone.
         """
         try:
-            self._send({"op": "session"}, [stream.fileno(), watch.fileno()])
+            self._send({"op": "session"}, [sock.fileno() for sock in sockets])
         except OSError as exc:
             raise ConnectionError(f"the container does not answer: {exc}") from exc
 

@@ -47,8 +47,9 @@ if TYPE_CHECKING:
 _METADATA = "actbox-environment.json"
 _FORMAT = 1
 _OLDEST = (3, 10)  # what the guest code is written for
-# The guest's kernel is IPython; matplotlib-inline is how its figures become images.
-_ALWAYS = ("ipython>=8.18", "matplotlib-inline")
+# The guest's kernel is IPython; matplotlib-inline is how its figures become images; pip is for sessions that may reach
+# an index.
+_ALWAYS = ("ipython>=8.18", "matplotlib-inline", "pip")
 _QUERY_TIMEOUT = 60.0  # seconds; a cold start of a Python from a slow disk takes single seconds
 _TAIL = 20  # lines of the installer's stderr that an error quotes
 _LINE = 1 << 16  # bytes; a build backend may print lines without end

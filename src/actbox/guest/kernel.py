@@ -195,6 +195,12 @@ def _left_over_loop() -> asyncio.AbstractEventLoop | None:
 
 def _prepare_process(start: dict[str, Any]) -> None:
     os.environ.update(start["env"])
+    if start["packages"] is not None:
+        # Where pip puts what is installed while the session runs: its own scratch space, gone with it.
+        os.makedirs(start["packages"], exist_ok=True)
+        os.environ["PIP_TARGET"] = start["packages"]
+        os.environ["PATH"] += f"{os.pathsep}{start['packages']}/bin"
+        sys.path.append(start["packages"])
     if "TZ" in start["env"]:
         import time
 

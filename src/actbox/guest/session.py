@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..protocol import frames
-from . import interrupts, isolation, usage
+from . import forwarder, interrupts, isolation, usage
 from .caches import plant
 from .kernel import Kernel, close_other_files
 
@@ -58,6 +58,7 @@ class Start:
 class _Sockets:
     stream: socket.socket
     watch: socket.socket
+    asking: socket.socket | None
 
 
 def run_first(start: Start) -> NoReturn:
@@ -80,6 +81,8 @@ def _run_second(start: Start) -> NoReturn:
         signal.set_wakeup_fd(-1)
         close_other_files({0, 1, 2, start.handover.fileno()})
         sockets = _take_sockets(start.handover)
+        # The system tells the host who says it: so it learns this process's number in its own namespace.
+        _tell(sockets.watch, {"hello": True})
         try:
             config = _read_config(sockets.stream)
             limits = config["limits"]
@@ -92,6 +95,8 @@ def _run_second(start: Start) -> NoReturn:
             isolation.set_dumpable(value=False)
             page = mmap.mmap(-1, interrupts.PAGE)
             children = _note_children()
+            if sockets.asking is not None:
+                config["env"] = {**_fork_forwarder(sockets.asking, children), **config["env"]}
             kernel = _fork_kernel(start, sockets, page, config)
         except BaseException as exc:
             _fail(sockets.stream, exc)
@@ -181,6 +186,20 @@ def _reap(kernel: int) -> int | None:
     return status
 
 
+def _fork_forwarder(asking: socket.socket, children: int) -> dict[str, str]:
+    """Fork the process that leads to the session's proxy; the variables that tell programs of it."""
+    listener = forwarder.listen()
+    port: int = listener.getsockname()[1]
+    if os.fork() == 0:
+        signal.set_wakeup_fd(-1)
+        os.close(children)
+        close_other_files({0, 1, 2, listener.fileno(), asking.fileno()})
+        forwarder.run_forwarder(listener, asking)
+    listener.close()
+    asking.close()
+    return forwarder.variables(port)
+
+
 def _fork_kernel(start: Start, sockets: _Sockets, page: mmap.mmap, config: dict[str, Any]) -> int:
     """Fork process K. Its parent has given up every right already."""
     out, err = os.pipe(), os.pipe()
@@ -212,12 +231,16 @@ def _fork_kernel(start: Start, sockets: _Sockets, page: mmap.mmap, config: dict[
 
 
 def _take_sockets(handover: socket.socket) -> _Sockets:
-    """Wait for the session's two sockets. The supervisor's end of this socket ends with the supervisor."""
-    _, fds, _, _ = socket.recv_fds(handover, 1, 2, socket.MSG_CMSG_CLOEXEC)
-    if len(fds) != 2:  # noqa: PLR2004 - stream and watch
+    """Wait for the session's sockets: stream, watch, and one to ask for connections if there is a network.
+
+    The supervisor's end of the handover ends with the supervisor.
+    """
+    _, fds, _, _ = socket.recv_fds(handover, 1, 3, socket.MSG_CMSG_CLOEXEC)
+    if len(fds) < 2:  # noqa: PLR2004 - stream and watch
         raise EOFError("no session was handed over")
     handover.close()
-    return _Sockets(socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1]))
+    stream, watch, *asking = (socket.socket(fileno=fd) for fd in fds)
+    return _Sockets(stream, watch, asking[0] if asking else None)
 
 
 def _read_config(stream: socket.socket) -> dict[str, Any]:

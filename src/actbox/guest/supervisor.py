@@ -140,7 +140,7 @@ class Supervisor:
 
     def _serve_request(self) -> bool:
         """Hand a session's sockets to a process that was forked for it; False once the host is gone."""
-        message, fds, _, _ = socket.recv_fds(self._control, _DATAGRAM, 2, socket.MSG_CMSG_CLOEXEC)
+        message, fds, _, _ = socket.recv_fds(self._control, _DATAGRAM, 3, socket.MSG_CMSG_CLOEXEC)
         if not message:
             return False
         self._quiet_until = time.monotonic() + _QUIET_SECONDS

@@ -21,19 +21,29 @@ from typing import NoReturn
 
 from . import isolation, supervisor
 
-CONTROL, OPEN, DATA, READ, CLOSE, WATCH, UNWATCH = range(1, 8)
+CONTROL, OPEN, DATA, READ, CLOSE, WATCH, UNWATCH, ASK, GIVE = range(1, 10)
 HEADER = struct.Struct(">BII")
 WINDOW = 1 << 20
 _CHUNK = 64 << 10
 
 
 class _Channel:
-    """A session: our ends of its sockets, None once closed; what may still be sent; what waits to be written."""
+    """A session, or a connection that was given to one.
 
-    def __init__(self, number: int, stream: socket.socket, watch: socket.socket) -> None:
+    Our ends of its sockets, None once closed or where there is none; what may still be sent; what waits to be written.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        stream: socket.socket,
+        watch: socket.socket | None = None,
+        asking: socket.socket | None = None,
+    ) -> None:
         self.number = number
         self.stream: socket.socket | None = stream
-        self.watch: socket.socket | None = watch
+        self.watch = watch
+        self.asking = asking
         self.may_send = WINDOW
         self.inbox = bytearray()
         self.closing = False
@@ -73,6 +83,8 @@ class Tunnel:
                     self._serve(owners[fd], fd, event)
             for channel in list(self._channels.values()):
                 if channel.stream is None and channel.watch is None:
+                    if channel.asking is not None:
+                        channel.asking.close()
                     del self._channels[channel.number]
 
     def _register(self, poller: select.poll, owners: dict[int, _Channel], channel: _Channel) -> None:
@@ -85,6 +97,9 @@ class Tunnel:
         if channel.watch is not None:
             poller.register(channel.watch, select.POLLIN)
             owners[channel.watch.fileno()] = channel
+        if channel.asking is not None:
+            poller.register(channel.asking, select.POLLIN)
+            owners[channel.asking.fileno()] = channel
 
     # -- from the host -------------------------------------------------------------------------------------------
 
@@ -129,19 +144,39 @@ class Tunnel:
             # The watcher ends its session when this socket ends.
             channel.watch.close()
             channel.watch = None
+        elif kind == GIVE and channel.asking is not None:
+            self._give(channel.asking, body)
 
-    def _open(self, number: int, request: bytes) -> None:
+    def _open(self, number: int, body: bytes) -> None:
         stream, their_stream = socket.socketpair()
         watch, their_watch = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with their_stream, their_watch:
+        asking, their_asking = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # The first byte tells whether the session may ask for connections.
+        theirs = [their_stream, their_watch, *([their_asking] if body[:1] == b"a" else [])]
+        with their_stream, their_watch, their_asking:
             self._control.setblocking(True)
             try:
-                socket.send_fds(self._control, [request], [their_stream.fileno(), their_watch.fileno()])
+                socket.send_fds(self._control, [body[1:]], [sock.fileno() for sock in theirs])
             finally:
                 self._control.setblocking(False)
-        for sock in (stream, watch):
+        for sock in (stream, watch, asking):
             sock.setblocking(False)
-        self._channels[number] = _Channel(number, stream, watch)
+        if their_asking not in theirs:
+            asking.close()
+        self._channels[number] = _Channel(number, stream, watch, asking if their_asking in theirs else None)
+
+    def _give(self, asking: socket.socket, body: bytes) -> None:
+        """A connection for the session, with the number in the body; without one, that there is none."""
+        if not body:
+            with contextlib.suppress(OSError):
+                asking.send(b"n")
+            return
+        (number,) = struct.unpack(">I", body)
+        stream, theirs = socket.socketpair()
+        stream.setblocking(False)
+        with theirs, contextlib.suppress(OSError):
+            socket.send_fds(asking, [b"c"], [theirs.fileno()])
+        self._channels[number] = _Channel(number, stream)
 
     def _write(self, channel: _Channel) -> None:
         """Write to a session what it will take now."""
@@ -177,6 +212,8 @@ class Tunnel:
                 self._from_stream(channel, channel.stream)
         elif channel.watch is not None and fd == channel.watch.fileno():
             self._from_watch(channel, channel.watch)
+        elif channel.asking is not None and fd == channel.asking.fileno():
+            self._from_asking(channel, channel.asking)
 
     def _from_stream(self, channel: _Channel, stream: socket.socket) -> None:
         data = b""
@@ -208,6 +245,20 @@ class Tunnel:
         watch.close()
         channel.watch = None
         _say(UNWATCH, channel.number)
+
+    def _from_asking(self, channel: _Channel, asking: socket.socket) -> None:
+        data = b""
+        try:
+            data = asking.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        if data:
+            _say(ASK, channel.number, data)
+            return
+        asking.close()
+        channel.asking = None
 
     def _reap(self) -> None:
         """Collect every child that has ended; as the container's first process this one inherits orphans."""

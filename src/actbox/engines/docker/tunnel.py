@@ -9,12 +9,14 @@ On the wire a block is a kind, a channel and a length, `>BII`, and so many bytes
 
 ======== ========================================================================
 CONTROL  a datagram of the control socket; channel 0
-OPEN     a session with this channel
+OPEN     a session with this channel; the first byte is "a" if it may ask for connections
 DATA     bytes of the session's stream; a sender has at most `WINDOW` unread ones
 READ     so many bytes were read (a number, `>I`): the sender may send as many more
 CLOSE    the session's stream ended
 WATCH    a datagram of the session's watch socket
 UNWATCH  the watch socket ended
+ASK      a datagram of the session's asking socket: it wants a connection
+GIVE     the answer: the number of a new channel that has a stream alone, or nothing
 ======== ========================================================================
 """
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from actbox.engines.docker.boundary import Output
 
-CONTROL, OPEN, DATA, READ, CLOSE, WATCH, UNWATCH = range(1, 8)
+CONTROL, OPEN, DATA, READ, CLOSE, WATCH, UNWATCH, ASK, GIVE = range(1, 10)
 HEADER = struct.Struct(">BII")
 WINDOW = 1 << 20
 _CHUNK = 64 << 10
@@ -49,20 +51,30 @@ class _Broken(Exception):
 
 
 class _Channel:
-    """A session.
+    """A session, or a connection that was given to one.
 
-    State: its two sockets; how many bytes may still be sent, and the news that it has become more; what waits to be
+    State: its sockets; how many bytes may still be sent, and the news that it has become more; what waits to be
     written to the stream, with its size, an empty piece for the end; the task that carries.
     """
 
-    def __init__(self, stream: socket.socket, watch: socket.socket) -> None:
+    def __init__(
+        self, stream: socket.socket, watch: socket.socket | None = None, asking: socket.socket | None = None
+    ) -> None:
         self.stream = stream
         self.watch = watch
+        self.asking = asking
+        for sock in self.sockets:
+            sock.setblocking(False)
         self.may_send = WINDOW
         self.room = asyncio.Event()
         self.inbox: asyncio.Queue[bytes] = asyncio.Queue()
         self.waiting = 0
         self.task: asyncio.Task[None] | None = None
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """All that it has."""
+        return tuple(sock for sock in (self.stream, self.watch, self.asking) if sock is not None)
 
 
 class Tunnel:
@@ -147,12 +159,15 @@ class Tunnel:
         elif kind == READ and len(body) == 4:  # noqa: PLR2004 - `>I`
             channel.may_send += struct.unpack(">I", body)[0]
             channel.room.set()
-        elif kind == WATCH:
+        elif kind == WATCH and channel.watch is not None:
             with contextlib.suppress(OSError):
                 channel.watch.send(body)
+        elif kind == ASK and channel.asking is not None:
+            with contextlib.suppress(OSError):
+                channel.asking.send(body)
         elif kind == CLOSE:
             channel.inbox.put_nowait(b"")
-        elif kind == UNWATCH:
+        elif kind == UNWATCH and channel.watch is not None:
             with contextlib.suppress(OSError):
                 channel.watch.shutdown(socket.SHUT_RDWR)
         else:
@@ -190,30 +205,52 @@ class Tunnel:
                 if not fds:
                     await self._send(CONTROL, 0, data)
                     continue
-                self._numbers += 1
-                stream, watch = (socket.socket(fileno=fd) for fd in fds)
-                await self._open(self._numbers, _Channel(stream, watch), data)
+                stream, watch, *asking = (socket.socket(fileno=fd) for fd in fds)
+                channel = _Channel(stream, watch, asking[0] if asking else None)
+                await self._open(OPEN, channel, (b"a" if asking else b"-") + data)
         except GONE:
             return
 
-    async def _open(self, number: int, channel: _Channel, request: bytes) -> None:
+    async def _open(self, kind: int, channel: _Channel, body: bytes, session: int | None = None) -> None:
+        """Make a channel known at the other end; a connection is given to a `session`."""
+        self._numbers += 1
+        number = self._numbers
         self._channels[number] = channel
-        for sock in (channel.stream, channel.watch):
-            sock.setblocking(False)
-        await self._send(OPEN, number, request)
+        if session is None:
+            await self._send(kind, number, body)
+        else:
+            await self._send(kind, session, struct.pack(">I", number))
         channel.task = asyncio.create_task(self._carry(number, channel))
 
     async def _carry(self, number: int, channel: _Channel) -> None:
-        """All that a session needs, until the container has closed both its sockets, or the host its own."""
+        """All that a channel needs, until the container has closed its sockets, or the host its own."""
         sending = asyncio.create_task(self._from_stream(number, channel))
+        giving = asyncio.create_task(self._from_asking(number, channel))
         try:
-            await asyncio.gather(self._to_stream(number, channel), self._from_watch(number, channel))
+            if channel.watch is None:
+                # A connection has two directions, which end each for itself.
+                await asyncio.gather(self._to_stream(number, channel), sending)
+            else:
+                await asyncio.gather(self._to_stream(number, channel), self._from_watch(number, channel.watch))
         finally:
             self._channels.pop(number, None)
-            sending.cancel()
-            await asyncio.wait([sending])
-            channel.stream.close()
-            channel.watch.close()
+            await _cancel({sending, giving})
+            for sock in channel.sockets:
+                sock.close()
+
+    async def _from_asking(self, number: int, channel: _Channel) -> None:
+        """Connections that the host gives to a session that asked."""
+        if channel.asking is None:
+            return
+        with contextlib.suppress(*GONE):
+            while True:
+                data, fds = await _receive(channel.asking)
+                if not data:
+                    return
+                if not fds:
+                    await self._send(GIVE, number)
+                    continue
+                await self._open(GIVE, _Channel(socket.socket(fileno=fds[0])), b"", session=number)
 
     async def _from_stream(self, number: int, channel: _Channel) -> None:
         loop = asyncio.get_running_loop()
@@ -238,10 +275,10 @@ class Tunnel:
                 await self._send(READ, number, struct.pack(">I", len(data)))
             channel.stream.shutdown(socket.SHUT_WR)
 
-    async def _from_watch(self, number: int, channel: _Channel) -> None:
+    async def _from_watch(self, number: int, watch: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(*GONE):
-            while data := await loop.sock_recv(channel.watch, _DATAGRAM):
+            while data := await loop.sock_recv(watch, _DATAGRAM):
                 await self._send(WATCH, number, data)
             await self._send(UNWATCH, number)
 
@@ -258,7 +295,7 @@ async def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
     loop = asyncio.get_running_loop()
     while True:
         try:
-            data, fds, _, _ = socket.recv_fds(control, _DATAGRAM, 2)
+            data, fds, _, _ = socket.recv_fds(control, _DATAGRAM, 3)
         except BlockingIOError:
             ready: asyncio.Future[None] = loop.create_future()
             loop.add_reader(control, _complete, ready)
