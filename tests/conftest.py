@@ -76,6 +76,13 @@ async def engine(request: pytest.FixtureRequest, anyio_backend: str) -> str:
         pytest.skip(f"{name}: {exc}")
 
 
+@pytest.fixture
+def default_engine(engine: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The engine under test, as the one of programs that name none."""
+    monkeypatch.setenv("ACTBOX_ENGINE", engine)
+    return engine
+
+
 @pytest.fixture(scope="session")
 async def container(engine: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[CodeExecutionContainer]:
     """One running container over a workspace, for all tests that do not harm it; libraries are loaded."""

@@ -280,10 +280,8 @@ class Relay:
         self._writers: set[asyncio.StreamWriter] = set()
         self._gates: list[Gate] = []
         self._server: asyncio.Server
-        self._closed = False
         self.requests: list[str] = []
         self.carried = 0
-        self.on_bytes: Callable[[int], None] | None = None
 
     async def __aenter__(self) -> Self:
         if self._path is None:
@@ -303,6 +301,14 @@ class Relay:
         if self._path is not None:
             return f"unix://{self._path}"
         return "tcp://{}:{}".format(*self._server.sockets[0].getsockname())
+
+    def outward(self, data: bytes) -> bytes:
+        """What the daemon is told instead of `data`; of the same length."""
+        return data
+
+    def homeward(self, data: bytes) -> bytes:
+        """What is heard instead of `data`; of the same length."""
+        return data
 
     def gate(self, pattern: str, *, answers: bool = False) -> Gate:
         """Hold up every request that begins like `pattern` from now on."""
@@ -353,7 +359,7 @@ class Relay:
                         if not gate.answers:
                             gate.held.set()
                             await gate.opened.wait()
-                back.write(data)
+                back.write(self.outward(data))
                 await back.drain()
             if back.can_write_eof():
                 back.write_eof()
@@ -365,9 +371,7 @@ class Relay:
                     gate.held.set()
                     await gate.opened.wait()
                 self.carried += len(data)
-                if self.on_bytes is not None:
-                    self.on_bytes(self.carried)
-                writer.write(data)
+                writer.write(self.homeward(data))
                 await writer.drain()
             if writer.can_write_eof():
                 writer.write_eof()

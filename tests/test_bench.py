@@ -106,6 +106,7 @@ async def _start() -> asyncio.subprocess.Process:
 @needs_peer
 @pytest.mark.anyio
 @pytest.mark.timeout(120)
+@pytest.mark.engines("bubblewrap")
 @pytest.mark.usefixtures("container")
 async def test_quick_run_measures_everything() -> None:
     process = await _start()
@@ -129,6 +130,7 @@ async def test_quick_run_measures_everything() -> None:
 @needs_peer
 @pytest.mark.anyio
 @pytest.mark.timeout(60)
+@pytest.mark.engines("bubblewrap")
 @pytest.mark.usefixtures("container")
 async def test_ctrl_c_leaves_no_process(memory: Any) -> None:
     process = await _start()

@@ -48,13 +48,6 @@ UNENDED = "\x90q"
 
 
 @pytest.fixture
-def default_engine(engine: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The engine under test, as the one of commands that name none."""
-    monkeypatch.setenv("ACTBOX_ENGINE", engine)
-    return engine
-
-
-@pytest.fixture
 def environ(default_engine: str) -> dict[str, str]:
     return {
         **{name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "ACTBOX_BWRAP")},

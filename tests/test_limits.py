@@ -8,10 +8,12 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +39,6 @@ from actbox.sessions import read_overrun
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from contextlib import AbstractAsyncContextManager
-    from pathlib import Path
-
-    Sessions = Callable[..., AbstractAsyncContextManager[CodeExecutor]]
 
 pytestmark = pytest.mark.anyio
 
@@ -92,9 +90,11 @@ def enter(request: pytest.FixtureRequest, key: str) -> Callable[[CodeExecutionCo
     return make
 
 
-def enter_as(key: str, container: CodeExecutionContainer, *, by_the_port: bool = False) -> CodeExecutor:
+def enter_as(
+    key: str, container: CodeExecutionContainer, *, by_the_port: bool = False, grace: float = GRACE
+) -> CodeExecutor:
     host, token = (BY_THE_PORT, container.token) if by_the_port else ("localhost", None)
-    return CodeExecutor(key, container.workspace, container.port, host, token=token, interrupt_grace=GRACE)
+    return CodeExecutor(key, container.workspace, container.port, host, token=token, interrupt_grace=grace)
 
 
 # What the cells below are made of. Nothing here ends by itself: only a limit ends it.
@@ -117,13 +117,13 @@ def burn(seconds=1e9):
 
 def fill(mib, folder="."):
     for number in range(mib // 8):
-        with open(f"{folder}/{os.getpid()}-{threading.get_ident()}-{number}", "wb") as file:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             for _ in range(8):
                 file.write(b"x" * (1 << 20))
 
 def flood(count, folder="."):
     for number in range(count):
-        open(f"{folder}/{os.getpid()}-{threading.get_ident()}-{number}", "wb").close()
+        os.close(tempfile.mkstemp(dir=folder)[0])
 
 def rest():
     while True:
@@ -204,7 +204,9 @@ MEMORY = {
     "private memory of many": "for _ in range(4): child(lambda: kept.append(b'x' * (100 << 20)))\nrest()",
     # prctl(PR_SET_DUMPABLE, 0): nobody may look into it.
     "a process that hides": "child(lambda: (ctypes.CDLL(None).prctl(4, 0, 0, 0, 0), take(400)))\nrest()",
-    "behind a stopped kernel": "child(take, 400)\nos.kill(os.getpid(), signal.SIGSTOP)",
+    "behind a stopped kernel": (
+        "child(lambda: (time.sleep(0.2), os.kill(os.getppid(), signal.SIGSTOP), take(400)))\nrest()"
+    ),
     "signals ignored": "signal.signal(signal.SIGINT, signal.SIG_IGN); take(400); rest()",
 }
 
@@ -254,6 +256,15 @@ async def test_one_process_that_asks_for_too_much_is_refused_it(
         assert error.trace is not None
         assert "bytearray(400 << 20)" in error.trace
         assert (await executor.execute("len(held) >> 20", timeout=SECONDS)).text == "100"
+
+
+async def test_threads_whose_stacks_take_too_much_are_told_as_memory(tight: CodeExecutionContainer, key: str) -> None:
+    async with enter_as(key, tight) as executor:
+        await prepare(executor)
+        error = await exceed(executor, "threading.stack_size(64 << 20)\nwhile True: thread(rest)")
+        assert (error.limit, error.bound, error.state_kept) == ("memory", TIGHT.memory, True)
+        assert TIGHT.memory - 64 * MIB < error.use < TIGHT.memory
+        assert error.name == "RuntimeError"
 
 
 @pytest.mark.parametrize(
@@ -402,7 +413,8 @@ DISK = {
 @pytest.mark.parametrize("way", DISK)
 async def test_the_private_folder_is_bounded(tight: CodeExecutionContainer, key: str, way: str) -> None:
     limit, code = DISK[way]
-    async with enter_as(key, tight) as executor:
+    # Whoever waits for a slow disk heeds no interrupt until it has answered.
+    async with enter_as(key, tight, grace=10) as executor:
         await prepare(executor)
         error = await exceed(executor, f"print('begun', flush=True)\n{code}")
         bound = getattr(TIGHT, limit)
@@ -451,8 +463,8 @@ REFUSED = {
     "a large file": ("file_size", "OSError", "with open('x', 'wb') as f:\n    for _ in range(40): f.write(bytes(MIB))"),
     "open files": ("open_files", "OSError", "while True: kept.append(open('/dev/null'))"),
     "processes": ("pids", "BlockingIOError", "while True: child(rest)"),
-    "orphans": ("pids", "BlockingIOError", "while True: daemon(rest)"),
-    "threads": ("pids", "RuntimeError", "while True: thread(rest)"),
+    "orphans": ("pids", "BlockingIOError", "for _ in range(30): daemon(rest)\nwhile True: child(rest)"),
+    "threads": ("pids", "RuntimeError", "threading.stack_size(1 << 18)\nwhile True: thread(rest)"),
     "temporary files": ("tmp", "OSError", "for n in range(9): open(f'/tmp/{n}', 'wb').write(bytes(MIB))"),
     "shared memory": ("shm", "OSError", "for n in range(9): open(f'/dev/shm/{n}', 'wb').write(bytes(MIB))"),
     "an exception of an exception": (
@@ -691,23 +703,37 @@ async def test_a_disk_that_does_not_change_is_walked_once_and_asked_ever_more_se
 ) -> None:
     watch = watch_of(folder)
     pauses: list[float] = []
-    for _ in range(6):
+    for _ in range(9):
         await machine.look(watch)
         pauses.append(watch.pause)
-    assert pauses == [0.5, 1.0, 2.0, 2.0, 2.0, 2.0]
+    assert pauses == [0.5, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
     assert machine.walks == 1
     machine.bytes -= 4096
     await machine.look(watch)
-    assert (watch.pause, machine.walks) == (0.5, 1)
+    assert (watch.pause, machine.walks) == (0.5, 2)
+    machine.bytes -= 4096
+    await machine.look(watch)
+    assert (watch.pause, machine.walks) == (0.5, 2)  # so little is worth a walk from time to time
 
 
 async def test_what_others_write_to_the_disk_is_not_held_against_a_session(machine: Machine, folder: Path) -> None:
     watch = watch_of(folder, disk=MIB, files=10)
     for _ in range(20):
         machine.bytes -= 10 * MIB
-        machine.files -= 10
+        machine.files -= 20
         assert await machine.look(watch) is None
     assert machine.walks == 20
+
+
+async def test_what_others_free_does_not_hide_what_a_session_takes(machine: Machine, folder: Path) -> None:
+    watch = watch_of(folder, disk=64 * MIB)
+    await machine.look(watch)
+    write(folder / "x", 65 * MIB)
+    began = machine.now
+    machine.bytes += 4096
+    while (found := await machine.look(watch)) is None:
+        assert machine.now < began + 10
+    assert found.limit == "disk"
 
 
 async def test_a_walk_takes_its_share_of_the_time_and_no_more(machine: Machine, folder: Path) -> None:
@@ -878,21 +904,23 @@ def test_a_wide_and_deep_tree_holds_few_descriptors_and_opens_few_folders_twice(
         unnest(folder)
 
 
-def test_a_hundred_thousand_files_are_counted_in_time(folder: Path) -> None:
-    for place in range(10):
-        (folder / str(place)).mkdir()
-        fd = os.open(folder / str(place), os.O_RDONLY)
-        for number in range(10_000):
-            os.mknod(str(number), dir_fd=fd)
-        os.close(fd)
-    watch = watch_of(folder)
-    began = time.monotonic()
-    assert walk_of(watch, folder)[1] == 100_010
-    assert time.monotonic() - began < 5
-    # One that need not know so exactly does not look at all of them.
-    began = time.monotonic()
-    assert walk_of(watch_of(folder, files=100), folder)[1] < 500
-    assert time.monotonic() - began < 0.5
+def test_a_hundred_thousand_files_are_counted_in_time() -> None:
+    # In memory, where they are made in a second.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        for name in range(10):
+            (Path(place) / str(name)).mkdir()
+            fd = os.open(f"{place}/{name}", os.O_RDONLY)
+            for number in range(10_000):
+                os.mknod(str(number), dir_fd=fd)
+            os.close(fd)
+        watch = watch_of(Path(place))
+        began = time.monotonic()
+        assert walk_of(watch, Path(place))[1] == 100_010
+        assert time.monotonic() - began < 5
+        # One that need not know so exactly does not look at all of them.
+        began = time.monotonic()
+        assert walk_of(watch_of(Path(place), files=100), Path(place))[1] < 500
+        assert time.monotonic() - began < 0.5
 
 
 def test_links_and_odd_things_are_neither_followed_nor_opened(folder: Path) -> None:

@@ -246,7 +246,7 @@ async def test_where_no_engine_stands_the_reason_of_each_is_told(
 
 
 async def test_the_default_engine_is_that_of_the_environment(
-    workspace_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+    workspace_path: Path, engine: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """H12: where `ACTBOX_ENGINE` names one, no other is tried."""
     monkeypatch.setenv("ACTBOX_ENGINE", engine)

@@ -496,6 +496,7 @@ class _LocalSession:
         self._watch: socket.socket | None = None
         self._closing: asyncio.Task[None] | None = None
         self._at_work = False
+        self._memory_kills = 0
         self._killed = False
         self._gone = False
         self._exit: Exit | None = None
@@ -540,6 +541,7 @@ class _LocalSession:
     async def receive(self) -> Frame | None:
         frame = await self._link.receive() if self._link is not None else None
         if frame is not None and frame.header.get("type") == "execute_reply":
+            self._note_kills()
             self._at_work = False
         return frame
 
@@ -581,6 +583,13 @@ class _LocalSession:
             if overrun is not None:
                 self._pass_on(overrun)
             await asyncio.sleep(disk.pause)
+
+    def _note_kills(self) -> None:
+        """The system may have killed some of the session's processes for their memory, and left the kernel alone."""
+        kills = self._group.memory_kills() if self._group is not None else 0
+        if self._group is not None and kills > self._memory_kills:
+            self._memory_kills = kills
+            self._pass_on(Overrun("memory", self.limits.memory, self._group.peak()))
 
     def _pass_on(self, overrun: Overrun) -> None:
         """Have the cell ended that went over a limit; without one, the session."""

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 _SHORTEST, _LONGEST = 0.5, 2.0
 # A walk may take one part in so many of the time: if it may find something out, and if it well may find an overrun.
 _SHARE, _URGENT_SHARE = 20, 2
-# Below this part of a limit, what the disk as a whole has lost cannot have brought the folder over it.
-_WORTH = 16
+# What the disk as a whole loses, in parts of a limit, is worth a walk. Others may free room meanwhile, which hides what
+# the folder takes: so there is a walk from time to time, in seconds, as long as the disk changes at all.
+_WORTH, _SELDOM = 16, 5.0
 # PATH_MAX names no folder that lies deeper.
 _MOST_DEPTH = 2048
 # Levels of a tree whose descriptors are kept.
@@ -84,16 +85,19 @@ class DiskWatch:
         return self._judge(before, held)
 
     def _is_worth_a_walk(self, held: tuple[int, int], free: tuple[int, int], *, counts_files: bool) -> bool:
-        """Whether the whole disk has lost a fair part of a limit, or as much as the folder had left: then sooner."""
+        """Whether a walk may find something out, and it is time for one.
+
+        It well may when the whole disk has lost as much as the folder had left.
+        """
         passed = time.monotonic() - self._walked
         limits = self._limits.disk, self._limits.files
         lost = [was - now for was, now in zip(self._free_at_walk, free, strict=True)]
         if any(loss > max(limit - had, 0) for loss, limit, had in zip(lost, limits, held, strict=True)):
             return passed >= _URGENT_SHARE * self._walk_seconds
-        if any(loss > limit // _WORTH for loss, limit in zip(lost, limits, strict=True)):
-            return passed >= _SHARE * self._walk_seconds
         # Some file systems have no number of files to run out of: there any change may be a flood of empty ones.
-        return not counts_files and free != self._free_at_walk and passed >= _SHARE * self._walk_seconds
+        soon = not counts_files or any(loss > limit // _WORTH for loss, limit in zip(lost, limits, strict=True))
+        least = max(0.0 if soon else _SELDOM, _SHARE * self._walk_seconds)
+        return free != self._free_at_walk and passed >= least
 
     def _judge(self, before: tuple[int, int], held: tuple[int, int]) -> Overrun | None:
         """What is over and has grown; what has not is an earlier session's, and may still be cleaned up."""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import resource
+import threading
 from typing import Any
 
 _PAGE = resource.getpagesize()
@@ -41,11 +42,21 @@ def _of_one(error: BaseException, limits: dict[str, Any]) -> tuple[str, int] | N
     if number == errno.ENOSPC:
         full = next((name for name, place in _BOUNDED if _is_full(place, limits[name])), None)
         return (full, limits[full]) if full is not None else None
-    if number == errno.EAGAIN or (isinstance(error, RuntimeError) and "start new thread" in str(error)):
+    no_thread = isinstance(error, RuntimeError) and "start new thread" in str(error)
+    if number == errno.EAGAIN or no_thread:
         # A socket without data says the same; then there is room for more processes.
         tasks = _tasks()
-        return ("pids", tasks) if tasks >= limits["pids"] - 1 else None
+        if tasks >= limits["pids"] - 1:
+            return "pids", tasks
+        memory = _private_memory()
+        return ("memory", memory) if no_thread and memory + _stack() > limits["memory"] else None
     return None
+
+
+def _stack() -> int:
+    """Bytes that a new thread asks for."""
+    bound = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    return threading.stack_size() or (bound if bound != resource.RLIM_INFINITY else 2 << 20)
 
 
 def _private_memory() -> int:
