@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import itertools
 import os
@@ -15,6 +17,7 @@ import sandboxes
 from hypothesis import settings
 
 from actbox import (
+    ActboxError,
     CodeExecutionContainer,
     CodeExecutor,
     EnvironmentBuildError,
@@ -26,7 +29,6 @@ from actbox.engines import bubblewrap
 from actbox.engines.docker import boot
 
 if TYPE_CHECKING:
-    import contextlib
     from collections.abc import AsyncIterator, Callable
 
 # A busy machine may take its time over an example.
@@ -53,6 +55,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 left_out.append(item)
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Make the Docker engine's default image before any test's time runs; what is wrong with it the fixture tells."""
+    if session.config.option.collectonly:
+        return
+    if any("docker" in item.name for item in session.items):
+        with contextlib.suppress(ActboxError):
+            asyncio.run(_make_image())
+
+
+async def _make_image() -> None:
+    async with ExecutionContainer(engine="docker", preload=()):
+        pass
 
 
 @pytest.fixture(scope="session")
