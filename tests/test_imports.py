@@ -34,6 +34,7 @@ FLOORS: tuple[set[str], ...] = (
     {"__init__"},
     {"executor", "doctor"},
     {"client", "container"},
+    {"local_session"},
     {"gateway", "supervision", "transfer"},
     {"execution", "sessions", "way_out"},
     {"egress", "engines", "guest", "link", "logger", "result", "usage", "workspace", "cgroups"},

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import os
-import re
 import secrets
-import signal
 import socket
-import struct
 import sys
 from collections import deque
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,11 +22,9 @@ from actbox.errors import (
     StateError,
     WorkspaceError,
 )
-from actbox.events import Overrun
 from actbox.gateway import Gateway
-from actbox.link import Link
+from actbox.local_session import LocalSession
 from actbox.network import Network
-from actbox.sessions import Exit, read_overrun
 from actbox.shielded import finish
 from actbox.spec import DEFAULT_TAG, Bind, ContainerSpec, Limits, check_key, make_binds
 from actbox.supervision import NestingRefused, Supervision
@@ -44,7 +37,6 @@ if TYPE_CHECKING:
 
     from actbox.egress import Record, Resolver
     from actbox.engines.base import Boundary, Engine
-    from actbox.protocol.frames import Frame
 
 logger = logging.getLogger(__name__)
 egress_logger = logging.getLogger("actbox.egress")
@@ -52,12 +44,6 @@ egress_logger = logging.getLogger("actbox.egress")
 DEFAULT_PRELOAD = ("numpy", "pandas", "matplotlib.pyplot", "matplotlib_inline.backend_inline")
 _PACKAGES = "/tmp/.packages"
 _KEPT_RECORDS = 1000
-_EXIT_SECONDS = 5.0
-# struct ucred, unix(7): pid, uid, gid of who sent a datagram, as this process's namespaces know them.
-_CREDENTIALS = struct.Struct("=III")
-_SCM_CREDENTIALS = 2
-# Between the deaths of a kernel and of its container, when both are killed at once.
-_SUDDEN_SECONDS = 0.05
 
 
 class ExecutionContainer:
@@ -137,7 +123,7 @@ class ExecutionContainer:
         self._boundary: Boundary | None = None
         self._supervision: Supervision | None = None
         self._gateway: Gateway | None = None
-        self._sessions: set[_LocalSession] = set()
+        self._sessions: set[LocalSession] = set()
         self._refusal: NestingRefused | None = None
         self._hierarchy: cgroups.Hierarchy | None = None
         self._state = "new"
@@ -329,7 +315,7 @@ class ExecutionContainer:
             boundary, supervision = None, self._supervision
             if supervision is None:
                 raise ConnectionError("the container is gone")
-        session = _LocalSession(
+        session = LocalSession(
             self._spec.limits,
             supervision,
             boundary,
@@ -462,239 +448,6 @@ class ExecutionContainer:
         return self._gateway
 
 
-class _LocalSession:
-    """A session of a container in this process: two sockets, one straight to the kernel and one to its watcher.
-
-    State: `_link` to the kernel; `_watch` to the watcher; `_at_work`, whether the kernel owes a reply; `_killed`,
-    whether that was ordered, and `_gone`, whether the container is being closed; `_exit`, set once; in a sandbox of its
-    own also that sandbox, closed with the session.
-    """
-
-    def __init__(
-        self,
-        limits: Limits,
-        supervision: Supervision,
-        boundary: Boundary | None,
-        disk: DiskWatch | None,
-        way_out: WayOut | None,
-        group: cgroups.Group | None,
-        forget: Callable[[_LocalSession], None],
-    ) -> None:
-        self.limits = limits
-        self._supervision = supervision
-        self._own_boundary = boundary
-        self._forget = forget
-        self._loop = asyncio.get_running_loop()
-        self.on_overrun: Callable[[Overrun], None] | None = None
-        self._group = group
-        self._grouped: asyncio.Future[None] = self._loop.create_future()
-        self._disk = disk
-        self._way_out = way_out
-        self._disk_watch: asyncio.Task[None] | None = None
-        self._overrun: Overrun | None = None
-        self._link: Link | None = None
-        self._watch: socket.socket | None = None
-        self._closing: asyncio.Task[None] | None = None
-        self._at_work = False
-        self._memory_kills = 0
-        self._killed = False
-        self._gone = False
-        self._exit: Exit | None = None
-        self._exited = asyncio.Event()
-        self._oom_kills = oom_kills()
-
-    async def start(self, config: dict[str, Any]) -> None:
-        """Have the kernel forked, and wait until it is ready."""
-        stream, their_stream = socket.socketpair()
-        watch, their_watch = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with their_stream, their_watch:
-            try:
-                asking = () if self._way_out is None else (self._way_out.theirs,)
-                self._supervision.ask_session(their_stream, their_watch, *asking)
-            except BaseException:
-                stream.close()
-                watch.close()
-                raise
-        watch.setblocking(False)
-        if self._group is not None:
-            watch.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._watch = watch
-        self._loop.add_reader(watch, self._hear)
-        if self._disk is not None:
-            # From before the first cell: what the folder holds then is none of the session's doing.
-            self._disk_watch = asyncio.create_task(self._watch_disk(self._disk))
-        self._link = await Link.over(stream)
-        if self._group is not None:
-            # Nothing of the guest's own runs before it has read its configuration.
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._grouped, _EXIT_SECONDS)
-        with contextlib.suppress(OSError):
-            await self._link.send({"type": "start"}, json.dumps(config).encode())
-        await sessions.wait_ready(self._link.receive, self._how_it_ended)
-
-    async def _how_it_ended(self) -> str:
-        exit_ = await self.exited(_EXIT_SECONDS / 5)
-        if exit_ is not None and exit_.gone:
-            return ": the container is gone"
-        return f" (wait status {exit_.status})" if exit_ is not None else ""
-
-    async def receive(self) -> Frame | None:
-        frame = await self._link.receive() if self._link is not None else None
-        if frame is not None and frame.header.get("type") == "execute_reply":
-            self._note_kills()
-            self._at_work = False
-        return frame
-
-    async def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
-        if self._link is None:
-            raise ConnectionResetError("the session was not started")
-        if header.get("type") == "execute" and self.limits.cpu is not None:
-            self._order({"op": "cell"})
-        # Pieces of an upload may come behind the reply that has ended it.
-        self._at_work = self._at_work or header.get("type") not in ("archive", "archive_end")
-        await self._link.send(header, payload)
-
-    @property
-    def ended(self) -> bool:
-        return self._link is None or self._link.ended or self._exit is not None
-
-    def interrupt(self, cell: int) -> None:
-        self._order({"op": "interrupt", "cell": cell})
-
-    def kill(self) -> None:
-        self._killed = True
-        self._order({"op": "kill"})
-        self._end_sandbox()
-
-    def _order(self, order: dict[str, Any]) -> None:
-        if self._watch is not None:
-            with contextlib.suppress(OSError):
-                self._watch.send(json.dumps(order).encode())
-
-    def _end_sandbox(self) -> None:
-        """In a sandbox of its own the kernel may have killed or stopped its watcher: the whole sandbox is ended."""
-        if self._own_boundary is not None and self._closing is None:
-            self._supervision.stop()
-            self._closing = asyncio.ensure_future(self._own_boundary.close())
-
-    async def _watch_disk(self, disk: DiskWatch) -> None:
-        while self._exit is None:
-            overrun = await disk.look()
-            if overrun is not None:
-                self._pass_on(overrun)
-            await asyncio.sleep(disk.pause)
-
-    def _note_kills(self) -> None:
-        """The system may have killed some of the session's processes for their memory, and left the kernel alone."""
-        kills = self._group.memory_kills() if self._group is not None else 0
-        if self._group is not None and kills > self._memory_kills:
-            self._memory_kills = kills
-            self._pass_on(Overrun("memory", self.limits.memory, self._group.peak()))
-
-    def _pass_on(self, overrun: Overrun) -> None:
-        """Have the cell ended that went over a limit; without one, the session."""
-        if self._at_work and self.on_overrun is not None:
-            self.on_overrun(overrun)
-        else:
-            self._overrun = overrun
-            self.kill()
-
-    async def exited(self, timeout: float) -> Exit | None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._exited.wait(), timeout)
-        return self._exit
-
-    async def close(self) -> None:
-        if self._exit is None and self._watch is not None:
-            self.kill()
-            await self.exited(_EXIT_SECONDS)
-        # A watcher that has not ended until now ends with this socket.
-        self._stop_hearing()
-        if self._disk_watch is not None:
-            self._disk_watch.cancel()
-        if self._way_out is not None:
-            await self._way_out.close()
-        if self._group is not None:
-            await finish(asyncio.to_thread(self._group.remove))
-        if self._link is not None:
-            self._link.close()
-        self._end_sandbox()
-        if self._closing is not None:
-            await asyncio.wait([self._closing])
-        self._forget(self)
-
-    def container_gone(self) -> None:
-        """The container is being closed: whatever runs is lost."""
-        with contextlib.suppress(RuntimeError):
-            # The client's loop may be another thread's, or closed: then nobody waits.
-            self._gone = True
-            self._loop.call_soon_threadsafe(self._note_exit, Exit(gone=True))
-
-    def _hear(self) -> None:
-        """What the watcher says: of a limit that was passed, at last how the kernel ended; or the watcher's own end."""
-        data = b""
-        ancillary: list[tuple[int, int, bytes]] = []
-        with contextlib.suppress(BlockingIOError, OSError):
-            if self._watch is not None:
-                data, ancillary, _, _ = self._watch.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS.size))
-        news: dict[str, Any] = json.loads(data) if data else {}
-        if "hello" in news:
-            self._join(ancillary)
-            return
-        if "over" in news:
-            overrun = read_overrun(news["over"], self.limits)
-            if overrun is not None:
-                self._pass_on(overrun)
-            return
-        self._stop_hearing()
-        exit_ = Exit(
-            news.get("status"),
-            news.get("begun") or 0,
-            killed=self._killed or bool(news.get("killed")),
-            overrun=read_overrun(news.get("limit"), self.limits) or self._overrun,
-        )
-        if self._own_boundary is not None:
-            self._note_exit(exit_ if exit_.killed or self._supervision.answers() else Exit(gone=True))
-            self._end_sandbox()
-        elif not exit_.killed and exit_.overrun is None and (not data or _was_killed(exit_)):
-            # Somebody killed it: itself, the system, or whoever is just now killing the whole container.
-            self._loop.call_later(_SUDDEN_SECONDS, self._note_sudden_exit, exit_)
-        else:
-            self._note_exit(exit_)
-
-    def _note_sudden_exit(self, exit_: Exit) -> None:
-        self._note_exit(exit_ if self._supervision.answers() else Exit(gone=True))
-
-    def _join(self, ancillary: list[tuple[int, int, bytes]]) -> None:
-        """Put the watcher, and with it all that it will start, into the session's group."""
-        if self._group is None or self._grouped.done():
-            return
-        for level, kind, data in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, _SCM_CREDENTIALS):
-                pid = _CREDENTIALS.unpack_from(data)[0]
-                try:
-                    self._group.add(pid)
-                except OSError as exc:
-                    logger.warning("a session cannot be put into its control group: %s", exc)
-        self._grouped.set_result(None)
-
-    def _stop_hearing(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            self._loop.remove_reader(watch)
-            watch.close()
-
-    def _note_exit(self, exit_: Exit) -> None:
-        if _was_killed(exit_) and exit_.overrun is None and self._group is not None and self._group.memory_kills():
-            exit_ = replace(exit_, overrun=Overrun("memory", self.limits.memory, self._group.peak()))
-        # A kernel may kill itself; that the machine killed something for memory meanwhile tells the other case.
-        if _was_killed(exit_) and exit_.overrun is None and oom_kills() > self._oom_kills:
-            exit_ = replace(exit_, memory_limit=self.limits.memory)
-        if self._exit is None:
-            self._exit = Exit(gone=True) if self._gone else exit_
-            self._exited.set()
-
-
 def _find_hierarchy() -> cgroups.Hierarchy | None:
     found = cgroups.find()
     if found is not None:
@@ -715,20 +468,6 @@ def _bind(port: int | None) -> socket.socket:
         raise PortInUse(port or 0, exc.strerror or str(exc)) from exc
     listener.setblocking(False)
     return listener
-
-
-def _was_killed(exit_: Exit) -> bool:
-    """Whether SIGKILL ended the kernel, and not on the host's word."""
-    status = exit_.status
-    return not exit_.killed and status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
-def oom_kills() -> int:
-    """How often this machine has killed a process for memory since it started; 0 where it does not tell."""
-    with contextlib.suppress(OSError), open("/proc/vmstat", "rb") as file:  # noqa: PTH123 - read at each start
-        found = re.search(rb"^oom_kill (\d+)$", file.read(), re.MULTILINE)
-        return int(found[1]) if found else 0
-    return 0
 
 
 def _say(line: str) -> None:

@@ -143,7 +143,7 @@ class DiskWatch:
 
 @dataclass
 class _Level:
-    """A folder on the way: its descriptor, unless it was closed meanwhile, and the folders in it still to be entered."""
+    """A folder on the way: its descriptor, unless closed meanwhile, and the folders in it still to be entered."""
 
     name: str
     fd: int | None
