@@ -253,13 +253,9 @@ def _add(archive: tarfile.TarFile, path: Path, name: str, *, script: bool = Fals
 async def _send(found: Daemon, tag: str, context: io.BufferedRandom, progress: Callable[[str], None]) -> None:
     tail: deque[str] = deque(maxlen=_TAIL)
     try:
-        building = found.docker.images.build(
-            fileobj=context, encoding="identity", tag=images.name_of(tag), rm=True, forcerm=True, stream=True
-        )
-        async with aclosing(daemon.generator(building)) as stream:
+        parameters = {"t": images.name_of(tag), "rm": "1", "forcerm": "1"}
+        async with aclosing(daemon.told(found.docker, "build", parameters, context)) as stream:
             async for item in stream:
-                if "error" in item:
-                    raise aiodocker.DockerError(0, str(item["error"]))
                 for line in str(item.get("stream") or item.get("status") or "").splitlines():
                     text = "".join(character for character in line if character.isprintable()).strip()
                     if text:

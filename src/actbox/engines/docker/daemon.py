@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import stat
 import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any
 
 import aiodocker
 import aiohttp
@@ -24,9 +25,8 @@ import aiohttp
 from actbox.errors import ActboxError, SandboxUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Generator
+    from collections.abc import AsyncGenerator, Generator
 
-_Item = TypeVar("_Item")
 _USUAL = ("/run/docker.sock", "/var/run/docker.sock")
 ANSWER_SECONDS = 60.0
 _CONNECT_SECONDS = 10.0
@@ -172,6 +172,30 @@ def said(exc: aiodocker.DockerError) -> str:
     return " ".join(str(exc.message).split())[:1000]
 
 
-def generator(items: AsyncIterator[_Item]) -> AsyncGenerator[_Item]:
-    """What the library calls an iterator is a generator, which can be closed."""
-    return cast("AsyncGenerator[_Item]", items)
+async def told(
+    docker: aiodocker.Docker, path: str, params: dict[str, str], data: IO[bytes] | None = None
+) -> AsyncGenerator[dict[str, Any]]:
+    """What the engine tells while it works: the lines of its answer to a POST, each a JSON object.
+
+    The library's own streams leave their connection open when they are let go of, and the engine at work.
+
+    Raises:
+        aiodocker.DockerError: the engine refuses, or one of its lines is an error.
+    """
+    headers = {"Content-Type": "application/x-tar" if data is not None else "application/json"}
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
+    response = await docker._do_query(  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - see above
+        path, "POST", params=params, data=data, headers=headers, timeout=timeout
+    )
+    try:
+        async for line in response.content:
+            if not line.strip():
+                continue
+            item: dict[str, Any] = json.loads(line)
+            if "error" in item:
+                raise aiodocker.DockerError(0, str(item["error"]))
+            yield item
+    except ValueError as exc:
+        raise aiodocker.DockerError(0, f"the engine's answer is malformed: {exc}") from exc
+    finally:
+        response.close()

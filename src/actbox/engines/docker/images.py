@@ -122,19 +122,23 @@ class _Layers:
         return f"{ready} of {len(self._status)} layers"
 
 
+def _pull_parameters(tag: str) -> dict[str, str]:
+    """One image, also where the name says nothing of a version: the engine would take all there are."""
+    last = tag.rpartition("/")[2]
+    return {"fromImage": tag} if "@" in tag or ":" in last else {"fromImage": tag, "tag": "latest"}
+
+
 async def _pull(found: Daemon, tag: str, progress: Callable[[str], None]) -> None:
     progress(f"pulling the image {tag}")
     layers = _Layers(tag, progress)
     try:
         # Closed whatever happens: as long as somebody listens the daemon goes on pulling.
-        async with aclosing(daemon.generator(found.docker.images.pull(tag, stream=True))) as stream:
+        async with aclosing(daemon.told(found.docker, "images/create", _pull_parameters(tag))) as stream:
             while True:
                 async with asyncio.timeout(_STALL_SECONDS):
                     item: dict[str, Any] | None = await anext(stream, None)
                 if item is None:
                     return
-                if "error" in item:
-                    raise aiodocker.DockerError(0, str(item["error"]))
                 layers.take(item)
     except aiodocker.DockerError as exc:
         detail = daemon.said(exc)

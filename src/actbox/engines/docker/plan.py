@@ -29,7 +29,7 @@ _SESSIONS = 64
 _MOST_PIDS = 1 << 15
 # The supervisor with its libraries, beside what the sessions use.
 _SUPERVISOR_MEMORY = 512 * MIB
-_SUPERVISOR_PIDS = 16
+_SUPERVISOR_PIDS = 16  # docs/engines.md tells it
 _MEMORY_SHARE = 0.75
 # Docker's own list, less what lies in /proc: a fresh /proc can be mounted only where the old one is seen whole. Here no
 # process is root and none has a capability, and a session sees its fresh one alone.
