@@ -17,7 +17,7 @@ __all__ = ["Layer", "examine"]
 
 # Run as a cell: prints one line a fact, "name<TAB>value".
 _LOOK = """
-import os, socket
+import ctypes, os, socket
 with open("/proc/self/status") as file:
     status = dict(line.rstrip("\\n").split(":\\t", 1) for line in file if ":\\t" in line)
 def denied(path, flags):
@@ -47,6 +47,9 @@ facts = {
     "write_dev": denied("/dev/actbox-probe", os.O_CREAT | os.O_WRONLY),
     "interfaces": ",".join(line.split(":")[0].strip() for line in interfaces),
     "vsock": family(40),
+    # A file that the mounts let anybody write who is its process; landlock_create_ruleset(2) tells the ABI.
+    "write_proc": denied("/proc/self/comm", os.O_WRONLY),
+    "landlock": str(ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1)),
 }
 for name, value in facts.items():
     print(name, value, sep="\\t")
@@ -158,7 +161,21 @@ def _judge(facts: dict[str, str], *, nested: bool) -> list[Layer]:
             f"{facts.get('write_root')}; {facts.get('write_dev')}",
             holds="allowed" not in (facts.get("write_root"), facts.get("write_dev")),
         ),
+        _landlock(facts),
     ]
+
+
+def _landlock(facts: dict[str, str]) -> Layer:
+    """The second layer over the file system, which not every kernel has."""
+    offered = facts.get("landlock", "?")
+    if facts.get("write_proc") != "allowed":
+        return Layer("landlock", "on", f"ABI {offered}; writing to /proc: {facts.get('write_proc')}")
+    return Layer(
+        "landlock",
+        "weaker",
+        f"the mounts are the only layer over the file system; ABI offered: {offered if offered != '-1' else 'none'}",
+        "Use Linux 5.19 or later with Landlock switched on (lsm=landlock,... on its command line); gVisor has none.",
+    )
 
 
 def _is_nobody(facts: dict[str, str], *, nested: bool) -> bool:

@@ -44,9 +44,9 @@ _SUDDEN_SECONDS = 0.05
 class LocalSession:
     """A session of a container in this process: two sockets, one straight to the kernel and one to its watcher.
 
-    State: `_link` to the kernel; `_watch` to the watcher; `_at_work`, whether the kernel owes a reply; `_killed`,
-    whether that was ordered, and `_gone`, whether the container is being closed; `_exit`, set once; in a sandbox of its
-    own also that sandbox, closed with the session.
+    State: `_link` to the kernel; `_watch` to the watcher; `_configured`, whether it was told what to be; `_at_work`,
+    whether the kernel owes a reply; `_killed`, whether that was ordered, and `_gone`, whether the container is being
+    closed; `_exit`, set once; in a sandbox of its own also that sandbox, closed with the session.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class LocalSession:
         self._link: Link | None = None
         self._watch: socket.socket | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._configured = False
         self._at_work = False
         self._memory_kills = 0
         self._killed = False
@@ -106,9 +107,11 @@ class LocalSession:
         if self._group is not None:
             # Nothing of the guest's own runs before it has read its configuration.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._grouped, _EXIT_SECONDS)
+                async with asyncio.timeout(_EXIT_SECONDS):
+                    await self._grouped
         with contextlib.suppress(OSError):
             await self._link.send({"type": "start"}, json.dumps(config).encode())
+        self._configured = True
         await sessions.wait_ready(self._link.receive, self._how_it_ended)
 
     async def _how_it_ended(self) -> str:
@@ -182,10 +185,14 @@ class LocalSession:
 
     async def exited(self, timeout: float) -> Exit | None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._exited.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._exited.wait()
         return self._exit
 
     async def close(self) -> None:
+        if not self._configured and self._link is not None:
+            # The watcher waits for its configuration and heeds nothing else: the end of the stream ends it.
+            self._link.close()
         if self._exit is None and self._watch is not None:
             self.kill()
             await self.exited(_EXIT_SECONDS)
@@ -255,6 +262,8 @@ class LocalSession:
                 pid = _CREDENTIALS.unpack_from(data)[0]
                 try:
                     self._group.add(pid)
+                except ProcessLookupError:
+                    pass  # it has ended, and will say so
                 except OSError as exc:
                     logger.warning("a session cannot be put into its control group: %s", exc)
         self._grouped.set_result(None)

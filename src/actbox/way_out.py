@@ -48,7 +48,13 @@ class WayOut:
             # Nobody can ask any more; what is under way goes on until the session ends.
             asyncio.get_running_loop().remove_reader(self._asking)
             return
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:
+            # This process has no descriptors left. An answer without one says that there is none.
+            with contextlib.suppress(OSError):
+                self._asking.send(b"n")
+            return
         with theirs:
             try:
                 socket.send_fds(self._asking, [b"c"], [theirs.fileno()])

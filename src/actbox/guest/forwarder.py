@@ -37,7 +37,11 @@ def variables(port: int) -> dict[str, str]:
 
 
 class _End:
-    """One of two sockets that are connected here: its other end, what waits to be written to it, what has ended."""
+    """One of two sockets that are connected here.
+
+    State: its other end; what waits to be written to it; whether it has no more to say, was told that the other has
+    not, and takes nothing any more.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -46,6 +50,12 @@ class _End:
         self.waiting = bytearray()
         self.read_all = False
         self.told_end = False
+        self.deaf = False
+
+    @property
+    def served(self) -> bool:
+        """Whether nothing will be written to it any more."""
+        return self.deaf or (self.other.read_all and not self.waiting)
 
 
 class Forwarder:
@@ -112,34 +122,44 @@ class Forwarder:
         return True
 
     def _serve(self, end: _End, event: int) -> None:
-        try:
-            if event & select.POLLOUT:
-                self._write(end)
-            if event & (select.POLLIN | select.POLLHUP | select.POLLERR) and not end.read_all:
-                data = end.sock.recv(_CHUNK)
-                if data:
-                    end.other.waiting += data
-                else:
-                    end.read_all = True
-                self._write(end.other)
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._close(end)
-            return
-        if all(each.read_all and not each.other.waiting for each in (end, end.other)):
+        if event & select.POLLOUT:
+            self._write(end)
+        if event & (select.POLLIN | select.POLLHUP | select.POLLERR) and not end.read_all:
+            self._read(end)
+        if end.served and end.other.served:
             self._close(end)
 
+    def _read(self, end: _End) -> None:
+        try:
+            data = end.sock.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            # Gone in both directions; what it has said before still goes on.
+            data = b""
+            end.deaf = True
+        if not data:
+            end.read_all = True
+        elif not end.other.deaf:
+            end.other.waiting += data
+        self._write(end.other)
+
     def _write(self, end: _End) -> None:
+        if end.deaf:
+            return
         try:
             while end.waiting:
                 sent = end.sock.send(end.waiting)
                 del end.waiting[:sent]
+            if end.other.read_all and not end.told_end:
+                end.told_end = True
+                end.sock.shutdown(socket.SHUT_WR)
         except BlockingIOError:
-            return
-        if end.other.read_all and not end.told_end:
-            end.told_end = True
-            end.sock.shutdown(socket.SHUT_WR)
+            pass
+        except OSError:
+            # It takes no more, which does not mean that it has said all that it has to say.
+            end.deaf = True
+            end.waiting.clear()
 
     def _close(self, end: _End) -> None:
         for each in (end, end.other):

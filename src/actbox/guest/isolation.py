@@ -19,7 +19,7 @@ import stat
 import struct
 from typing import Any
 
-from . import seccomp
+from . import landlock, seccomp
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
@@ -278,6 +278,26 @@ def give_up_rights() -> None:
         seccomp.install("inner")
     except OSError as exc:
         raise LayerError("seccomp", exc.errno, str(exc)) from exc
+
+
+def make_domain(binds: list[dict[str, Any]], key: str | None) -> landlock.Domain:
+    """The rules that the session's own code is to live under: its writable places are those that the mounts give it.
+
+    Raises:
+        LayerError: the system has Landlock, and refused.
+    """
+    places = ["/tmp", "/dev/shm"]
+    if key is None:
+        places.append("/app")
+    places += (
+        f"{bind['target']}/{key}" if bind["per_key"] else bind["target"]
+        for bind in binds
+        if not bind["readonly"] and (key is not None or not bind["per_key"])
+    )
+    try:
+        return landlock.make(places)
+    except OSError as exc:
+        raise LayerError("landlock", exc.errno, str(exc)) from exc
 
 
 def set_dumpable(*, value: bool) -> None:

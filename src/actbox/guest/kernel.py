@@ -74,7 +74,8 @@ class Kernel:
         self._shell.user_ns["_dh"][:] = [pathlib.Path(start["cwd"])]
         self._reloader.watch(start["skills"], self._interrupts)
         gc.enable()
-        self._channel.now({"type": "ready", "python": sys.version.split()[0], "ipython": _ipython_version()})
+        versions = {"python": sys.version.split()[0], "ipython": _ipython_version(), "landlock": start["landlock"]}
+        self._channel.now({"type": "ready", **versions})
         while (frame := self._next_request()) is not None:
             kind = frame.header.get("type")
             # What else comes is the rest of an upload that ended before its time.

@@ -35,6 +35,7 @@ from .kernel import Kernel, close_other_files
 if TYPE_CHECKING:
     from types import FrameType
 
+    from .landlock import Domain
     from .reload import SkillReloader
     from .shell import Shell
 
@@ -93,11 +94,14 @@ def _run_second(start: Start) -> NoReturn:
             isolation.give_up_rights()
             # From here on the kernel, which has the same user, cannot open this process's memory or files.
             isolation.set_dumpable(value=False)
+            domain = isolation.make_domain(start.binds, config["key"])
+            config["landlock"] = domain.abi
             page = mmap.mmap(-1, interrupts.PAGE)
             children = _note_children()
             if sockets.asking is not None:
                 config["env"] = {**_fork_forwarder(sockets.asking, children), **config["env"]}
-            kernel = _fork_kernel(start, sockets, page, config)
+            kernel = _fork_kernel(start, sockets, page, config, domain)
+            domain.close()
         except BaseException as exc:
             _fail(sockets.stream, exc)
             raise
@@ -200,7 +204,7 @@ def _fork_forwarder(asking: socket.socket, children: int) -> dict[str, str]:
     return forwarder.variables(port)
 
 
-def _fork_kernel(start: Start, sockets: _Sockets, page: mmap.mmap, config: dict[str, Any]) -> int:
+def _fork_kernel(start: Start, sockets: _Sockets, page: mmap.mmap, config: dict[str, Any], domain: Domain) -> int:
     """Fork process K. Its parent has given up every right already."""
     out, err = os.pipe(), os.pipe()
     child = os.fork()
@@ -219,6 +223,12 @@ def _fork_kernel(start: Start, sockets: _Sockets, page: mmap.mmap, config: dict[
         os.dup2(err[1], 2)
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         os.dup2(null, 0)
+        try:
+            # The kernel alone: the watcher is to signal it and look into it, and not the other way round.
+            domain.enter()
+        except OSError as exc:
+            _fail(sockets.stream, isolation.LayerError("landlock", exc.errno, str(exc)))
+            raise
         close_other_files({0, 1, 2, sockets.stream.fileno(), out[0], err[0]})
         plant(start.seeds)
         Kernel(sockets.stream, (out[0], err[0]), page, start.shell, start.reloader).serve(config)

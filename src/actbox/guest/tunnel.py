@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from . import isolation, supervisor
 
-CONTROL, OPEN, DATA, READ, CLOSE, WATCH, UNWATCH, ASK, GIVE = range(1, 10)
+CONTROL, OPEN, DATA, READ, CLOSE, WATCH, UNWATCH, ASK, GIVE, DROP = range(1, 11)
 HEADER = struct.Struct(">BII")
 WINDOW = 1 << 20
 _CHUNK = 64 << 10
@@ -30,7 +30,8 @@ _CHUNK = 64 << 10
 class _Channel:
     """A session, or a connection that was given to one.
 
-    Our ends of its sockets, None once closed or where there is none; what may still be sent; what waits to be written.
+    Our ends of its sockets, None once closed or where there is none; what may still be sent; what waits to be written,
+    and whether that is all. Of a connection also whether the session has said all, and whether the host is gone.
     """
 
     def __init__(
@@ -47,6 +48,9 @@ class _Channel:
         self.may_send = WINDOW
         self.inbox = bytearray()
         self.closing = False
+        self.is_connection = watch is None
+        self.read_all = False
+        self.dropped = False
 
 
 class Tunnel:
@@ -89,9 +93,11 @@ class Tunnel:
 
     def _register(self, poller: select.poll, owners: dict[int, _Channel], channel: _Channel) -> None:
         if channel.stream is not None:
-            wanted = (select.POLLIN if channel.may_send > 0 else 0) | (select.POLLOUT if channel.inbox else 0)
-            # Without a wish it would still be told that the other end hung up, again and again.
-            if wanted:
+            reads = channel.may_send > 0 and not (channel.read_all or channel.dropped)
+            wanted = (select.POLLIN if reads else 0) | (select.POLLOUT if channel.inbox else 0)
+            # Without a wish it would still be told that the other end hung up, again and again: what has said all may
+            # be told, once.
+            if wanted or channel.read_all:
                 poller.register(channel.stream, wanted)
                 owners[channel.stream.fileno()] = channel
         if channel.watch is not None:
@@ -134,8 +140,9 @@ class Tunnel:
             self._write(channel)
         elif kind == READ:
             channel.may_send += struct.unpack(">I", body)[0]
-        elif kind == CLOSE:
+        elif kind in (CLOSE, DROP):
             channel.closing = True
+            channel.dropped = kind == DROP
             self._write(channel)
         elif kind == WATCH and channel.watch is not None:
             with contextlib.suppress(OSError):
@@ -172,7 +179,12 @@ class Tunnel:
                 asking.send(b"n")
             return
         (number,) = struct.unpack(">I", body)
-        stream, theirs = socket.socketpair()
+        try:
+            stream, theirs = socket.socketpair()
+        except OSError:
+            _say(DROP, number)
+            self._give(asking, b"")
+            return
         stream.setblocking(False)
         with theirs, contextlib.suppress(OSError):
             socket.send_fds(asking, [b"c"], [theirs.fileno()])
@@ -187,12 +199,24 @@ class Tunnel:
                 sent = channel.stream.send(channel.inbox[:_CHUNK])
                 del channel.inbox[:sent]
                 _say(READ, channel.number, struct.pack(">I", sent))
-            if channel.closing:
+            if channel.dropped:
+                channel.stream.close()
+                channel.stream = None
+            elif channel.closing:
                 channel.stream.shutdown(socket.SHUT_WR)
         except BlockingIOError:
             pass
         except OSError:
             channel.inbox.clear()
+            if channel.is_connection:
+                self._drop(channel)
+
+    def _drop(self, channel: _Channel) -> None:
+        """The session has hung up a connection: the host need not wait for what it would say, or take."""
+        if channel.stream is not None:
+            channel.stream.close()
+            channel.stream = None
+            _say(DROP, channel.number)
 
     # -- to the host ---------------------------------------------------------------------------------------------
 
@@ -208,7 +232,7 @@ class Tunnel:
         if channel.stream is not None and fd == channel.stream.fileno():
             if event & select.POLLOUT:
                 self._write(channel)
-            if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
+            if channel.stream is not None and event & (select.POLLIN | select.POLLHUP | select.POLLERR):
                 self._from_stream(channel, channel.stream)
         elif channel.watch is not None and fd == channel.watch.fileno():
             self._from_watch(channel, channel.watch)
@@ -216,6 +240,10 @@ class Tunnel:
             self._from_asking(channel, channel.asking)
 
     def _from_stream(self, channel: _Channel, stream: socket.socket) -> None:
+        if channel.read_all:
+            # Both directions have ended, or the session has hung up.
+            self._drop(channel)
+            return
         data = b""
         try:
             data = stream.recv(min(_CHUNK, max(channel.may_send, 1)))
@@ -227,9 +255,13 @@ class Tunnel:
             channel.may_send -= len(data)
             _say(DATA, channel.number, data)
             return
+        _say(CLOSE, channel.number)
+        if channel.is_connection:
+            # Its other direction goes on.
+            channel.read_all = True
+            return
         stream.close()
         channel.stream = None
-        _say(CLOSE, channel.number)
 
     def _from_watch(self, channel: _Channel, watch: socket.socket) -> None:
         data = b""

@@ -29,10 +29,11 @@ _MAX_LEFT_OUT = 1000
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The kernel is up; its versions are for people to read."""
+    """The kernel is up; its versions are for people to read, Landlock's is the ABI in force, 0 for none."""
 
     python: str
     ipython: str
+    landlock: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,8 @@ def decode(frame: Frame) -> Message:
             if len(frame.payload) <= MAX_PIECE:
                 return Archive(_number(header, "id"), frame.payload)
         case "ready":
-            return Ready(_text(header, "python")[:_MAX_NAME], _text(header, "ipython")[:_MAX_NAME])
+            landlock = _number(header, "landlock") if "landlock" in header else 0
+            return Ready(_text(header, "python")[:_MAX_NAME], _text(header, "ipython")[:_MAX_NAME], landlock)
         case "failed":
             return SetupFailed(_text(header, "layer")[:_MAX_NAME], _text(header, "detail"))
         case _:

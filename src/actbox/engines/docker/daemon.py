@@ -69,6 +69,14 @@ class Daemon:
         return any("seccomp" in option for option in self._security)
 
     @property
+    def unbounded(self) -> tuple[str, ...]:
+        """What of a container it cannot bound: "memory", "processes"."""
+        if self.rootless and str(self.info.get("CgroupVersion") or "1") == "1":
+            return ("memory", "processes")
+        known = (("memory", "MemoryLimit"), ("processes", "PidsLimit"))
+        return tuple(word for word, name in known if self.info.get(name) is False)
+
+    @property
     def is_podman(self) -> bool:
         """Whether it is Podman, which speaks Docker's API too."""
         return any("Podman" in str(part.get("Name")) for part in self.version.get("Components") or [])

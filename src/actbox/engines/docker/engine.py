@@ -10,6 +10,7 @@ Neither needs a network. Readiness is the guest's first word (`meeting`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 # Runtimes with a kernel of their own: a unix socket of this machine's cannot be reached through it.
 _OWN_KERNELS = ("runsc", "gvisor", "kata")
+
+
+logger = logging.getLogger(__name__)
 
 
 class _OutOfSight(Exception):
@@ -98,6 +102,7 @@ class _Start:
             swap_limit=bool(found.info.get("SwapLimit")),
             machine=found.machine,
             user=_user(found),
+            bounds=_bounds(found),
             userns="host" if found.remaps_users else "",
             seccomp=_takes_profiles(found, own_kernel=own_kernel),
             podman=found.is_podman,
@@ -227,6 +232,16 @@ def _takes_profiles(found: Daemon, *, own_kernel: bool) -> Literal["inline", "fi
     if not found.is_podman:
         return "inline"
     return "file" if found.local else "none"
+
+
+def _bounds(found: Daemon) -> bool:
+    """Whether the engine can bound a container; sessions are bounded by their own limits in any case."""
+    if found.unbounded:
+        logger.warning(
+            "this engine cannot bound the %s of a container: only the limits inside hold",
+            " and the ".join(found.unbounded),
+        )
+    return not found.unbounded
 
 
 def _user(found: Daemon) -> str:

@@ -76,11 +76,7 @@ def is_mended(version: tuple[int, int, int], mended: tuple[tuple[int, int, int],
 def _limits(found: Daemon) -> Layer:
     info = found.info
     version = str(info.get("CgroupVersion") or "1")
-    lacking = [
-        word for word, name in (("memory", "MemoryLimit"), ("processes", "PidsLimit")) if info.get(name) is False
-    ]
-    if found.rootless and version == "1":
-        lacking = ["memory", "processes"]
+    lacking = found.unbounded
     if lacking:
         detail = (
             f"cgroup v{version}: a container's {' and '.join(lacking)} cannot be bounded; sessions bound themselves"

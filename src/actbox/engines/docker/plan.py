@@ -56,6 +56,7 @@ class Facts:
         memory: bytes of the engine's machine.
         swap_limit: whether the engine can bound swap.
         machine: the processors' kind as `os.uname` names it.
+        bounds: whether the engine can bound a container's memory and processes.
         user: "uid:gid" that everything inside runs as, on the engine's machine.
         userns: Docker's `UsernsMode`; "" for the engine's own.
         seccomp: how the engine takes our system call profile: as text ("inline", Docker), as a file of its machine's
@@ -70,6 +71,7 @@ class Facts:
     swap_limit: bool
     machine: str
     user: str
+    bounds: bool = True
     userns: str = ""
     seccomp: Literal["inline", "file", "none"] = "inline"
     podman: bool = False
@@ -194,15 +196,15 @@ def _host_config(
         "Devices": [],
         "Tmpfs": _tmpfs(facts, spec, nested=nested, bare=bare),
         "ShmSize": limits.shm,
-        "Memory": memory,
-        "PidsLimit": pids,
         "OomScoreAdj": 500,
         "Init": False,
         # What is written to the container's own output would fill the engine's disk.
         "LogConfig": {"Type": "none", "Config": {}},
         "RestartPolicy": {"Name": "no"},
     }
-    if facts.swap_limit:
+    if facts.bounds:
+        config |= {"Memory": memory, "PidsLimit": pids}
+    if facts.bounds and facts.swap_limit:
         config["MemorySwap"] = memory
     if spec.runtime is not None:
         config["Runtime"] = spec.runtime

@@ -12,11 +12,12 @@ CONTROL  a datagram of the control socket; channel 0
 OPEN     a session with this channel; the first byte is "a" if it may ask for connections
 DATA     bytes of the session's stream; a sender has at most `WINDOW` unread ones
 READ     so many bytes were read (a number, `>I`): the sender may send as many more
-CLOSE    the session's stream ended
+CLOSE    the session's stream ended; of a connection, one direction of it
 WATCH    a datagram of the session's watch socket
 UNWATCH  the watch socket ended
 ASK      a datagram of the session's asking socket: it wants a connection
 GIVE     the answer: the number of a new channel that has a stream alone, or nothing
+DROP     a connection is gone: nothing more will be said or taken by this end
 ======== ========================================================================
 """
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from actbox.engines.docker.boundary import Output
 
-CONTROL, OPEN, DATA, READ, CLOSE, WATCH, UNWATCH, ASK, GIVE = range(1, 10)
+CONTROL, OPEN, DATA, READ, CLOSE, WATCH, UNWATCH, ASK, GIVE, DROP = range(1, 11)
 HEADER = struct.Struct(">BII")
 WINDOW = 1 << 20
 _CHUNK = 64 << 10
@@ -54,7 +55,8 @@ class _Channel:
     """A session, or a connection that was given to one.
 
     State: its sockets; how many bytes may still be sent, and the news that it has become more; what waits to be
-    written to the stream, with its size, an empty piece for the end; the task that carries.
+    written to the stream, with its size, an empty piece for the end; whether the stream takes nothing any more, and
+    whether all that it says has been sent; the task that carries.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class _Channel:
         self.room = asyncio.Event()
         self.inbox: asyncio.Queue[bytes] = asyncio.Queue()
         self.waiting = 0
+        self.deaf = False
+        self.sent_all = False
         self.task: asyncio.Task[None] | None = None
 
     @property
@@ -119,7 +123,12 @@ class Tunnel:
         await _cancel({task for task in self._tasks if task is not own})
         # First the supervisor's socket: what a session's then tell is that the container is gone.
         self._control.close()
-        await _cancel({channel.task for channel in self._channels.values() if channel.task is not None})
+        channels = list(self._channels.values())
+        await _cancel({channel.task for channel in channels if channel.task is not None})
+        for channel in channels:
+            # Of those whose task had no time to begin.
+            for sock in channel.sockets:
+                sock.close()
         with contextlib.suppress(*GONE):
             await self._stream.close()
 
@@ -167,6 +176,9 @@ class Tunnel:
                 channel.asking.send(body)
         elif kind == CLOSE:
             channel.inbox.put_nowait(b"")
+        elif kind == DROP and channel.watch is None:
+            if channel.task is not None:
+                channel.task.cancel()
         elif kind == UNWATCH and channel.watch is not None:
             with contextlib.suppress(OSError):
                 channel.watch.shutdown(socket.SHUT_RDWR)
@@ -230,6 +242,8 @@ class Tunnel:
             if channel.watch is None:
                 # A connection has two directions, which end each for itself.
                 await asyncio.gather(self._to_stream(number, channel), sending)
+                with contextlib.suppress(*GONE):
+                    await self._send(DROP, number)
             else:
                 await asyncio.gather(self._to_stream(number, channel), self._from_watch(number, channel.watch))
         finally:
@@ -261,6 +275,7 @@ class Tunnel:
                     await channel.room.wait()
                 data = await loop.sock_recv(channel.stream, min(_CHUNK, channel.may_send))
                 if not data:
+                    channel.sent_all = True
                     await self._send(CLOSE, number)
                     return
                 channel.may_send -= len(data)
@@ -270,7 +285,14 @@ class Tunnel:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(*GONE):
             while data := await channel.inbox.get():
-                await loop.sock_sendall(channel.stream, data)
+                if not channel.deaf:
+                    try:
+                        await loop.sock_sendall(channel.stream, data)
+                    except OSError:
+                        # It takes no more, which does not mean that all that it has said was sent.
+                        channel.deaf = True
+                if channel.deaf and (channel.sent_all or channel.watch is not None):
+                    return
                 channel.waiting -= len(data)
                 await self._send(READ, number, struct.pack(">I", len(data)))
             channel.stream.shutdown(socket.SHUT_WR)
