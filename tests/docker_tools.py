@@ -7,12 +7,14 @@ waits for its end. `WAY` is one of `WAYS`.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -91,6 +93,11 @@ class Outside:
             return json.loads(text)
         return text
 
+    async def fetch(self, path: str) -> bytes:
+        """What the daemon sends."""
+        async with aiodocker.Docker(self.url) as docker, docker._query(path) as answer:
+            return await answer.read()
+
     async def containers(self, pid: int | None = None) -> list[dict[str, Any]]:
         """The containers that a process made; this one's without `pid`."""
         found = await self.ask("GET", "containers/json", all="1", filters=json.dumps({"label": [owner.LABEL]}))
@@ -165,6 +172,24 @@ def user() -> str:
     return f"{NOBODY}:{NOBODY}" if IS_ROOT else f"{os.geteuid()}:{os.getegid()}"
 
 
+def given(folder: Path) -> Path:
+    """A folder that a container's user may write in every way, made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if IS_ROOT:
+        os.chown(folder, NOBODY, NOBODY)
+    return folder
+
+
+def uids(pid: int) -> set[str]:
+    """The users that a process is, on this machine."""
+    return set(Path(f"/proc/{pid}/status").read_text("utf-8").split("Uid:")[1].split()[:4])
+
+
+def listed(folder: Path, pattern: str) -> list[str]:
+    """The names of what matches a pattern in a folder."""
+    return sorted(path.name for path in folder.glob(pattern))
+
+
 # -- images ----------------------------------------------------------------------------------------------------------
 
 SLIM = "actbox-test/slim:latest"
@@ -172,10 +197,9 @@ SLIM = "actbox-test/slim:latest"
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """How `actbox build` made `SLIM`: each line it wrote and whether it still ran then, its exit code, its seconds."""
+    """How `actbox build` made `SLIM`: each line it wrote, and whether it still ran then."""
 
     lines: tuple[tuple[str, bool], ...]
-    code: int
 
 
 def base() -> str:
@@ -196,20 +220,27 @@ def build_slim(url: str) -> Built:
     ) as process:
         assert process.stderr is not None
         lines = tuple((line.rstrip("\n"), process.poll() is None) for line in process.stderr)
-    return Built(lines, process.returncode)
+    assert process.returncode == 0, lines
+    return Built(lines)
 
 
 async def remove_slim(outside: Outside) -> None:
     """Remove what `build_slim` made."""
     build_slim.cache_clear()
+    saved_slim.cache_clear()
     with contextlib.suppress(aiodocker.DockerError):
         await outside.ask("DELETE", f"images/{SLIM}", force="1")
 
 
 @functools.cache
-def saved_slim(url: str, file: Path) -> Path:
+def saved_slim(url: str) -> Path:
     """The same as a file, for a daemon of a test's own."""
-    assert build_slim(url).code == 0
+    if shutil.which("docker") is None:
+        lacking("no docker is installed")
+    build_slim(url)
+    folder = Path(tempfile.mkdtemp(prefix="actbox-slim-"))
+    atexit.register(shutil.rmtree, folder)
+    file = folder / "slim.tar"
     subprocess.run(["docker", "--host", url, "save", "--output", file, SLIM], check=True, timeout=60)
     return file
 

@@ -10,11 +10,11 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import docker_tools as tools
 import pytest
-from docker_tools import SLIM, Outside, Relay, until
+from docker_tools import SLIM, Outside, Relay, given, until
 
 from actbox import (
     CodeExecutionContainer,
@@ -38,10 +38,10 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(90)]
 
 BOUND = 15.0
 MEGABYTE = 1 << 20
-POUR = "import os; data = b'x' * 65535 + b'\\n'; [os.write(1, data) for _ in range({megabytes} * 16)]"
+POUR = "import os\ndata = b'x' * 65535 + b'\\n'\nfor _ in range({megabytes} * 16): os.write(1, data)\n"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 async def outside() -> Outside:
     return await tools.reached()
 
@@ -64,7 +64,7 @@ async def container(relay: Relay) -> AsyncIterator[ExecutionContainer]:
 
 async def size_of(cell: Execution) -> int:
     """How much a cell writes."""
-    return sum([len(event.text) async for event in cell.stream(60) if hasattr(event, "text")])
+    return sum([len(text) async for text in cell.stream(60)])
 
 
 async def begun(client: ExecutionClient, code: str) -> Execution:
@@ -87,12 +87,11 @@ async def test_a_daemon_at_a_tcp_address_needs_none_of_our_files(
     (tmp_path / "up").write_bytes(os.urandom(3 * MEGABYTE))
     async with ExecutionClient(port=container.port) as client:
         assert (await client.execute("x = 6 * 7\nprint(x)")).text == "42"
-        await client.upload_file(tmp_path / "up", "file")
+        await client.upload_file("file", tmp_path / "up")
         assert (await client.execute("import os; print(os.path.getsize('file'), x)")).text == f"{3 * MEGABYTE} 42"
         await client.download_file("file", tmp_path / "down")
     assert (tmp_path / "down").read_bytes() == (tmp_path / "up").read_bytes()
-    assert any(request.endswith("/attach?stderr=1&stdin=1&stdout=1&stream=1") or "/attach" in request
-               for request in relay.requests)
+    assert sum("/attach" in request for request in relay.requests) == 1
 
 
 async def test_fifty_megabytes_come_over_tcp_whole(container: ExecutionContainer) -> None:
@@ -107,7 +106,7 @@ async def test_cells_are_interrupted_and_killed_over_tcp(container: ExecutionCon
     async with ExecutionClient(port=container.port, interrupt_grace=0.3) as client:
         await client.execute("x = 1")
         cell = await begun(client, "print('on'); import time; time.sleep(999)")
-        cell.interrupt()
+        await cell.interrupt()
         with pytest.raises(ExecutionInterrupted) as interrupted:
             await cell.result(BOUND)
         assert interrupted.value.state_kept
@@ -144,33 +143,27 @@ async def test_many_sessions_share_one_connection(container: ExecutionContainer,
 async def test_a_client_that_does_not_read_stalls_nobody(container: ExecutionContainer, relay: Relay) -> None:
     async with ExecutionClient(port=container.port) as slow, ExecutionClient(port=container.port) as quick:
         cell = await slow.submit(POUR.format(megabytes=40))
-        carried = -1
-
-        async def is_stuck() -> bool:
-            nonlocal carried
-            before, carried = carried, relay.carried
-            assert (await quick.execute("print(6 * 7)", timeout=5)).text == "42"
-            return before == carried
-
-        # Little more than what all the buffers on the way hold was sent, and the other goes on.
-        assert (await quick.execute("print(6 * 7)", timeout=5)).text == "42"
-        await asyncio.wait_for(tools.until(lambda: relay.carried > MEGABYTE), BOUND)
+        reading = cell.stream(60)
+        size = len(await anext(reading))
+        assert await until(lambda: relay.carried > MEGABYTE)
         for _ in range(20):
             assert (await quick.execute("print('y' * 1000)", timeout=5)).text == "y" * 1000
-        assert relay.carried < 30 * MEGABYTE
-        assert await size_of(cell) == 40 * MEGABYTE
+        # What all the buffers on the way hold was sent, and no more.
+        assert relay.carried < 20 * MEGABYTE
+        size += sum([len(text) async for text in reading])
+        assert size == 40 * MEGABYTE
 
 
 @pytest.mark.parametrize("after", [1, 70_000, 3_000_000, 9_000_000])
 @pytest.mark.parametrize("separate", [False, True])
 async def test_a_cell_whose_link_is_cut_is_lost_and_its_container_goes(
-    after: int, separate: bool, relay: Relay, outside: Outside
+    after: int, *, separate: bool, relay: Relay, outside: Outside
 ) -> None:
     async with (
         ExecutionContainer(engine="docker", preload=(), show_pull_progress=False, separate=separate) as made,
         ExecutionClient(port=made.port) as client,
     ):
-        cell = await client.submit(POUR.format(megabytes=10) + "\nimport time; time.sleep(999)")
+        cell = await client.submit(POUR.format(megabytes=10) + "import time; time.sleep(999)")
         wanted = relay.carried + after
         reading = asyncio.create_task(cell.result(60))
         assert await until(lambda: relay.carried >= wanted or reading.done())
@@ -256,11 +249,8 @@ async def test_a_folder_that_the_engine_sees_otherwise_is_refused(outside: Outsi
 
 async def test_gvisor_runs_sessions_end_to_end(outside: Outside, workspace_path: Path) -> None:
     tools.need_runtime(await outside.ask("GET", "info"), "runsc")
-    for folder in ("skills/private/one", "skills/shared", "images"):
-        (workspace_path / folder).mkdir(parents=True)
-    if tools.IS_ROOT:
-        for folder in workspace_path.glob("**/"):
-            os.chown(folder, tools.NOBODY, tools.NOBODY)
+    for folder in ("skills/private/one", "skills/private", "skills/shared", "images"):
+        given(workspace_path / folder)
     async with (
         CodeExecutionContainer(
             engine="docker", runtime="runsc", workspace_path=workspace_path, preload=(), show_pull_progress=False
@@ -293,7 +283,7 @@ async def test_an_unknown_runtime_is_refused_with_the_names_there_are(engine: st
 # -- Podman ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 async def slim(outside: Outside) -> AsyncIterator[None]:
     await asyncio.to_thread(tools.build_slim, outside.url)
     yield
@@ -311,12 +301,19 @@ def podman(outside: Outside, slim: None, tmp_path_factory: pytest.TempPathFactor
             '[containers]\ndefault_ulimits = []\n[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n'
         )
         environ = {
-            **{name: value for name, value in os.environ.items() if name not in ("DOCKER_HOST", "DBUS_SESSION_BUS_ADDRESS")},
+            **{name: value for name, value in os.environ.items() if not name.startswith(("DOCKER", "DBUS"))},
             "CONTAINERS_CONF": f"{run}/containers.conf",
             "XDG_RUNTIME_DIR": run,
         }
         command = ["podman", "--root", str(folder / "root"), "--runroot", f"{run}/run"]
-        saved = tools.saved_slim(outside.url, folder / "slim.tar")
+        if not tools.IS_ROOT:
+            asked = subprocess.run(
+                [*command, "info", "--format", "{{.Store.GraphDriverName}}"],
+                env=environ, cwd="/", capture_output=True, text=True, timeout=BOUND, check=False,
+            )  # fmt: skip
+            if asked.stdout.strip() != "overlay":
+                pytest.skip(f"rootless podman copies images for every container here: {asked.stdout}{asked.stderr}")
+        saved = tools.saved_slim(outside.url)
         loaded = subprocess.run(
             [*command, "load", "--input", saved],
             env=environ, cwd="/", capture_output=True, text=True, timeout=80, check=False,
@@ -346,11 +343,10 @@ async def test_podman_runs_sessions_end_to_end(
     way: str, podman: Outside, workspace_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DOCKER_HOST", podman.url)
-    for folder in ("skills/private/one", "skills/shared", "images"):
-        (workspace_path / folder).mkdir(parents=True)
-    if way == "stream" and tools.IS_ROOT:
-        for folder in workspace_path.glob("**/"):
-            os.chown(folder, tools.NOBODY, tools.NOBODY)
+    for folder in ("skills/private/one", "skills/private", "skills/shared"):
+        (workspace_path / folder).mkdir(parents=True, exist_ok=True)
+        if way == "stream":
+            given(workspace_path / folder)
     whose = (workspace_path / "skills" / "private" / "one").stat().st_uid
     async with contextlib.AsyncExitStack() as stack:
         if way == "stream":
@@ -374,10 +370,12 @@ async def test_podman_runs_sessions_end_to_end(
         assert late.value.state_kept
         status = (await executor.execute("print(open('/proc/self/status').read())")).text or ""
         assert "NoNewPrivs:\t1" in status
-        assert "Seccomp_filters:\t" + ("3" if way != "stream" else "2") in status.replace(" ", "") or way == "stream"
+        # By TCP no file of ours is seen, so that Podman can only have its own filter instead of ours.
+        assert "Seccomp_filters:\t3" in status
         assert "CapBnd:\t0000000000000000" in status
-        resolving = (await executor.execute("print(open('/etc/resolv.conf').read())")).text or ""
-        assert resolving.split() in (["nameserver", "127.0.0.1"], []) or way == "stream"
+        resolving = await executor.execute("import os; print(*(open(f).read() for f in FILES if os.path.exists(f)))"
+            .replace("FILES", "['/etc/resolv.conf']"))  # fmt: skip
+        assert (resolving.text or "").split() in (["nameserver", "127.0.0.1"], [])
         async with CodeExecutor("two", made.workspace, made.port) as other:
             assert (await other.execute("import os; print(os.listdir('/app/skills/private'))")).text == "['two']"
     file = workspace_path / "skills" / "private" / "one" / "file"

@@ -6,16 +6,14 @@ import asyncio
 import contextlib
 import copy
 import json
-import os
 import re
 import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attempts
 import docker_tools as tools
 import pytest
-from docker_tools import NOBODY, WAYS, Outside, Relay
+from docker_tools import WAYS, Outside, Relay, given
 from test_profile import attacks, expected_of_attacks
 from test_seccomp import HERE
 
@@ -36,6 +34,7 @@ from actbox.engines.docker import plan, staging
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
+    from pathlib import Path
 
     from actbox.guest.seccomp import Stage
 
@@ -71,14 +70,6 @@ def coded(workspace: Path, way: str, **more: Any) -> CodeExecutionContainer:
     return CodeExecutionContainer(
         engine="docker", workspace_path=workspace, preload=(), show_pull_progress=False, **{**WAYS[way], **more}
     )
-
-
-def given(folder: Path) -> Path:
-    """A folder that a container's user may write in every way."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if tools.IS_ROOT:
-        os.chown(folder, NOBODY, NOBODY)
-    return folder
 
 
 # -- what the daemon tells -------------------------------------------------------------------------------------------
@@ -164,16 +155,18 @@ async def test_a_container_has_exactly_the_options_it_should(way: str, outside: 
     assert not networks["Networks"]["none"]["IPAddress"]
     # Nothing of the host's environment.
     assert not any(name in " ".join(config["Env"]) for name in ("DOCKER_HOST", "ACTBOX", "PWD"))
-    assert [entry["Destination"] for entry in inspected["Mounts"]] == [entry["Target"] for entry in host["Mounts"]]
+    found = sorted((entry["Destination"], not entry["RW"]) for entry in inspected["Mounts"])
+    assert found == sorted((entry["Target"], "ReadOnly" in entry) for entry in host["Mounts"])
 
 
-def _set(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
+def _set(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
     def change(found: dict[str, Any]) -> None:
         place: Any = found
         for part in path[:-1]:
             place = place[part]
-        assert place.get(path[-1]) != to if isinstance(place, dict) else place[path[-1]] != to
+        before = copy.deepcopy(place)
         place[path[-1]] = to
+        assert place != before
 
     return change
 
@@ -194,6 +187,15 @@ def _replace_option(begin: str, new: list[str]) -> Callable[[dict[str, Any]], No
         kept = [option for option in options if not option.startswith(begin)]
         assert kept != options
         found["HostConfig"]["SecurityOpt"] = kept + new
+
+    return change
+
+
+def _mounted(name: str, *, to: Any, at: str = "/app/skills/shared") -> Callable[[dict[str, Any]], None]:
+    def change(found: dict[str, Any]) -> None:
+        (entry,) = [entry for entry in found["Mounts"] if entry["Destination"].startswith(at)]
+        assert entry[name] != to
+        entry[name] = to
 
     return change
 
@@ -268,11 +270,11 @@ DEVIATIONS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("Mounts", _add("Mounts", item=_more("volume", "/data"))),
     ("Mounts", _add("Mounts", item=_more("bind", "/tmp"))),
     ("Mounts", _add("Mounts", item=_more("tmpfs", "/data"))),
-    ("Mounts", _set("Mounts", 0, "RW", to=True)),
-    ("Mounts", _set("Mounts", 1, "RW", to=False)),
-    ("Mounts", _set("Mounts", 0, "Source", to="/")),
-    ("Mounts", _set("Mounts", 1, "Destination", to="/srv")),
-    ("Mounts", _set("Mounts", 0, "Type", to="volume")),
+    ("Mounts", _mounted("RW", to=True)),
+    ("Mounts", _mounted("RW", to=False, at="/app/skills/private")),
+    ("Mounts", _mounted("Source", to="/")),
+    ("Mounts", _mounted("Destination", to="/srv")),
+    ("Mounts", _mounted("Type", to="volume")),
 ]
 
 
@@ -469,7 +471,7 @@ async def test_two_sessions_see_nothing_of_each_other(
             assert len(found["processes"]) <= 5
             assert found["sockets"] == found["outside"] == []
             assert found["interfaces"] == ["lo"]
-        assert {path.name for path in workspace_path.glob("skills/private/*/*")} == set(names)
+        assert tools.listed(workspace_path, "skills/private/*/*") == sorted(names)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -491,14 +493,14 @@ async def test_files_belong_to_whom_their_folder_belongs(
         uid = (await executor.execute("import os; open('file', 'w').close(); print(os.getuid())")).text
         await executor.execute("os.mkdir('folder'); open('folder/file', 'w').close(); os.chmod('file', 0o600)")
         pid = (await outside.inspect())["State"]["Pid"]
-        host_uids = Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[:4]
+        host_uids = tools.uids(pid)
     assert uid != "0"
     for name in ("file", "folder", "folder/file"):
         status = (folder / name).lstat()
         assert (status.st_uid, status.st_gid) == (whose.st_uid, whose.st_gid)
         assert not stat.S_IMODE(status.st_mode) & 0o7000
     if way != "runsc":
-        assert set(host_uids) == {tools.user().split(":")[0]}
+        assert host_uids == {tools.user().split(":")[0]}
 
 
 # -- limits ----------------------------------------------------------------------------------------------------------
@@ -629,7 +631,8 @@ async def test_marks_never_stay_behind(
             ) as made,
             ExecutionClient(port=made.port) as client,
         ):
-            return json.loads((await client.execute("import json, os; print(json.dumps(os.listdir('data')))")).text or "")
+            found = await client.execute("import json, os; print(json.dumps(os.listdir('data')))")
+            return json.loads(found.text or "")
 
     async with reached_by(way, outside, monkeypatch):
         starting = asyncio.create_task(run())

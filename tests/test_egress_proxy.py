@@ -11,11 +11,8 @@ import contextlib
 import functools
 import ipaddress
 import json
-import os
-import shutil
 import socket
 import ssl
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from outside import LOOPBACK, MIB, SECONDS, Names, Server, echo, make_certificate, serving, silence, sink, web
 
 from actbox.egress import Proxy, Reason, Record, Verdict
 from actbox.egress.dialling import SystemResolver, is_our_own
@@ -30,7 +28,7 @@ from actbox.egress.relay import Meter, Relay
 from actbox.network import Network
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
     from pathlib import Path
 
     from typing_extensions import Buffer
@@ -39,141 +37,11 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-SECONDS = 10.0
-MIB = 1 << 20
-LOOPBACK = "127.0.0.1"
-
-
-# -- the world outside ----------------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A key and a self-signed certificate for the names used here, in one file."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        if os.environ.get("CI"):
-            raise FileNotFoundError("openssl")
-        pytest.skip("the openssl command is missing")
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    key = path.with_name("key.pem")
-    subprocess.run(
-        [
-            *(openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-days", "2", "-subj", "/CN=ok.example", "-keyout", str(key), "-out", str(path)),
-            *("-addext", "subjectAltName=DNS:ok.example,DNS:evil.example,DNS:other.example"),
-        ],
-        check=True,
-        capture_output=True,
-        timeout=SECONDS,
-    )
-    path.write_bytes(path.read_bytes() + key.read_bytes())
-    return path
-
-
-@dataclass
-class Server:
-    """A server on loopback: `connections` that came, and the `heads` of the requests in them."""
-
-    port: int
-    connections: int = 0
-    heads: list[bytes] = field(default_factory=list[bytes])
-    bodies: list[bytes] = field(default_factory=list[bytes])
-    received: int = 0
-
-
-@contextlib.asynccontextmanager
-async def serving(handler: Any, certificate: Path | None = None) -> AsyncGenerator[Server]:
-    """A server for the time of the block; `handler` serves each connection, in TLS if there is a certificate."""
-    context = None
-    if certificate is not None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate)
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        server.connections += 1
-        try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                await handler(server, reader, writer)
-        finally:
-            writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-
-    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(serve(reader, writer))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-
-    listener = await asyncio.start_server(accept, LOOPBACK, 0, ssl=context)
-    server = Server(listener.sockets[0].getsockname()[1])
-    try:
-        yield server
-    finally:
-        listener.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def web(server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answers each request with what it was, as JSON; `/go?URL` redirects, `/long?N` has N bytes."""
-    while True:
-        head = await reader.readuntil(b"\r\n\r\n")
-        server.heads.append(head)
-        length = next(
-            (int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0
-        )
-        server.bodies.append(await reader.readexactly(length))
-        method, path, _ = head.split(b"\r\n")[0].decode().split(" ")
-        if path.startswith("/go?"):
-            answer = f"HTTP/1.1 302 Found\r\nLocation: {path[4:]}\r\nContent-Length: 0\r\n\r\n".encode()
-        elif path.startswith("/long?"):
-            answer = f"HTTP/1.1 200 OK\r\nContent-Length: {path[6:]}\r\n\r\n".encode() + b"x" * int(path[6:])
-        else:
-            body = json.dumps({"method": method, "path": path, "length": length}).encode()
-            answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        writer.write(answer)
-        await writer.drain()
-
-
-async def echo(server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Sends back what comes."""
-    while data := await reader.read(65536):
-        server.received += len(data)
-        writer.write(data)
-        await writer.drain()
-
-
-async def sink(server: Server, reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
-    """Takes what comes."""
-    while data := await reader.read(65536):
-        server.received += len(data)
-
-
-async def silence(_server: Server, reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
-    """Says nothing, and listens until the end."""
-    while await reader.read(65536):
-        pass
-
-
-class Names:
-    """A resolver that knows a few names, and keeps what it was asked."""
-
-    def __init__(self, **known: str) -> None:
-        self.known: dict[str, list[list[str]]] = {
-            name.replace("_", "."): [addresses.split()] for name, addresses in known.items()
-        }
-        self.asked: list[str] = []
-
-    async def __call__(self, host: str, /) -> Iterable[Address]:
-        self.asked.append(host)
-        answers = self.known.get(host)
-        if not answers:
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        return [ipaddress.ip_address(text) for text in answer]
+    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 # -- the guest ------------------------------------------------------------------------------------------------------
@@ -774,14 +642,14 @@ async def test_c25_ten_thousand_connections_cost_little() -> None:
     async with session(network, here()) as one:
         first = [one.guest() for _ in range(8)]
         await until(lambda: one.proxy.connections == 8)
-        began = time.monotonic()
+        began = time.process_time()
         for _ in range(10_000):
             ours, its = socket.socketpair()
             with ours:
                 await one.proxy.serve(its)
                 assert its.fileno() == -1
                 assert ours.recv(4096).startswith(b"HTTP/1.1 503 ")
-        assert time.monotonic() - began < SECONDS
+        assert time.process_time() - began < SECONDS
         assert one.proxy.connections == 8
         # The log does not grow with them, and says how many it left out.
         assert len(one.records) < 2000

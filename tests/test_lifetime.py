@@ -37,7 +37,7 @@ from actbox import (
     WorkspaceError,
     supervision,
 )
-from actbox.engines import bubblewrap, launcher
+from actbox.engines import bubblewrap, launcher, stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -132,13 +132,14 @@ def mentioning(text: str) -> set[int]:
 
 
 def mounts() -> list[str]:
-    """Where something is mounted in this process's namespace, but by the container engines of this machine.
+    """Where something is mounted in this process's namespace, of what this process may have mounted.
 
-    They mount the file systems, shared memory and network namespaces of whatever containers run.
+    Others mount things meanwhile, container engines above all.
     """
     lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [(line.split()[4], line.partition(" - ")[2].split()[0]) for line in lines]
-    return sorted(place for place, kind in found if kind not in ("overlay", "nsfs") and not place.endswith("/shm"))
+    ours = (tempfile.gettempdir(), *folders(os.getpid()))
+    places = [line.split()[4] for line in lines]
+    return sorted(place for place in places if place == stage.STAGE or place.startswith(ours))
 
 
 def traces() -> dict[str, object]:
@@ -639,8 +640,8 @@ async def test_a_start_that_is_cancelled_leaves_no_container(
     async def ask(*args: Any, **kwargs: Any) -> Any:
         answer = await real(*args, **kwargs) if moment == "after" else None
         reached.set()
-        await asyncio.Event().wait()  # for the cancellation
-        return answer
+        assert await asyncio.to_thread(go.wait, BOUND)
+        return answer if moment == "after" else await real(*args, **kwargs)
 
     before = traces()
     monkeypatch.setattr(place, step, ask)

@@ -38,7 +38,7 @@ from actbox.guest import usage as guest
 from actbox.sessions import read_overrun
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 pytestmark = pytest.mark.anyio
 
@@ -53,16 +53,34 @@ TIGHT = Limits(
 CPU, WALL = 0.6, 0.6
 
 
-async def _run(limits: Limits, engine: str, folder: Path) -> AsyncIterator[CodeExecutionContainer]:
-    async with CodeExecutionContainer(workspace_path=folder, engine=engine, preload=(), limits=limits) as made:
+async def _run(
+    limits: Limits, engine: str, folder: Path, *, groups: bool = False
+) -> AsyncIterator[CodeExecutionContainer]:
+    made = CodeExecutionContainer(workspace_path=folder, engine=engine, preload=(), limits=limits)
+    with pytest.MonkeyPatch.context() as patch:
+        if not groups:
+            patch.setenv("ACTBOX_CGROUP", "/nonexistent")
+        await made.run()
+    try:
         await made.warmed()
         yield made
+    finally:
+        await made.kill()
 
 
 @pytest.fixture(scope="module")
 async def tight(engine: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[CodeExecutionContainer]:
-    """A container of little of everything but time."""
+    """A container of little of everything but time, and of no control groups: what is bounded anywhere is bounded."""
     async for made in _run(TIGHT, engine, tmp_path_factory.mktemp("tight")):
+        yield made
+
+
+@pytest.fixture(scope="module")
+async def grouped(engine: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[CodeExecutionContainer]:
+    """The same where this process may make control groups, of which each session has one."""
+    async for made in _run(TIGHT, engine, tmp_path_factory.mktemp("grouped"), groups=True):
+        if not made.enforcement.startswith("cgroup"):
+            pytest.skip("no control groups can be made for sessions here")
         yield made
 
 
@@ -81,11 +99,11 @@ async def short(engine: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 
 @pytest.fixture(params=["here", "by the port"])
-def enter(request: pytest.FixtureRequest, key: str) -> Callable[[CodeExecutionContainer], CodeExecutor]:
+def enter(request: pytest.FixtureRequest, key: str) -> Callable[..., CodeExecutor]:
     """Makes a session of the test's key: straight, and by the port with the token."""
 
-    def make(container: CodeExecutionContainer) -> CodeExecutor:
-        return enter_as(key, container, by_the_port=request.param == "by the port")
+    def make(container: CodeExecutionContainer, grace: float = GRACE) -> CodeExecutor:
+        return enter_as(key, container, by_the_port=request.param == "by the port", grace=grace)
 
     return make
 
@@ -182,8 +200,8 @@ async def until(condition: Callable[[], bool]) -> None:
 async def until_ended(executor: ExecutionClient) -> None:
     """Until the session is known to be over, without a cell."""
     session = executor._session
-    assert session is not None
-    await until(lambda: session.ended)
+    if session is not None:
+        await until(lambda: session.ended)
 
 
 async def is_fresh(executor: CodeExecutor) -> bool:
@@ -219,6 +237,47 @@ async def test_memory_of_the_whole_session_is_bounded(tight: CodeExecutionContai
         assert (error.limit, error.bound, error.state_kept) == ("memory", TIGHT.memory, False)
         assert TIGHT.memory < error.use < 2 << 30
         assert (error.name, error.trace, error.text) == (None, None, "begun")
+        assert await is_fresh(executor)
+
+
+GROUPED = {
+    **{way: code for way, code in MEMORY.items() if way != "signals ignored"},
+    # Pages of a file in memory that no process shows: mapped, written, and given back.
+    "memory that is no longer mapped": """
+        while True:
+            held = mmap.mmap(-1, 64 << 20)
+            for _ in range(64):
+                held.write(b"x" * (1 << 20))
+            held.madvise(mmap.MADV_DONTNEED)
+            kept.append(held)
+    """,
+}
+
+
+@pytest.mark.engines("bubblewrap")
+@pytest.mark.parametrize("way", GROUPED)
+async def test_with_a_control_group_the_system_bounds_memory_too(
+    grouped: CodeExecutionContainer, key: str, way: str
+) -> None:
+    async with enter_as(key, grouped, grace=10) as executor:
+        await prepare(executor)
+        error = await exceed(executor, textwrap.dedent(GROUPED[way]))
+        assert (error.limit, error.bound) == ("memory", TIGHT.memory)
+        # The system kills whom it likes, the watcher the kernel: what is told is what came of it.
+        assert TIGHT.memory < error.use < TIGHT.memory + 200 * MIB
+        if not error.state_kept:
+            assert await is_fresh(executor)
+
+
+@pytest.mark.engines("bubblewrap")
+@pytest.mark.parametrize("start", ["thread", "child", "daemon"])
+async def test_with_a_control_group_memory_taken_between_two_cells_ends_the_session_too(
+    grouped: CodeExecutionContainer, enter: Callable[..., CodeExecutor], start: str
+) -> None:
+    async with enter(grouped) as executor:
+        await prepare(executor)
+        await executor.execute(f"later({start}, take, 400)", timeout=SECONDS)
+        await until_ended(executor)
         assert await is_fresh(executor)
 
 
@@ -301,7 +360,7 @@ PROCESSOR = {
 
 @pytest.mark.parametrize("way", PROCESSOR)
 async def test_processor_time_of_a_cell_is_bounded(brief: CodeExecutionContainer, key: str, way: str) -> None:
-    async with enter_as(key, brief) as executor:
+    async with enter_as(key, brief, grace=10) as executor:
         await prepare(executor)
         error = await exceed(executor, f"print('begun', flush=True)\n{PROCESSOR[way]}")
         assert (error.limit, error.bound, error.state_kept, error.text) == ("cpu", CPU, True, "begun")
@@ -336,7 +395,7 @@ async def test_processor_time_used_between_two_cells_ends_the_session(
 async def test_what_a_cell_left_burning_after_its_end_ends_the_session(
     brief: CodeExecutionContainer, enter: Callable[..., CodeExecutor]
 ) -> None:
-    async with enter(brief) as executor:
+    async with enter(brief, grace=10) as executor:
         await prepare(executor)
         error = await exceed(executor, "daemon(burn); rest()")
         assert (error.limit, error.state_kept) == ("cpu", True)
@@ -365,9 +424,9 @@ async def test_processor_time_counts_anew_for_every_cell(brief: CodeExecutionCon
     ],
 )
 async def test_a_cell_ends_when_its_time_on_the_clock_is_over(
-    short: CodeExecutionContainer, enter: Callable[..., CodeExecutor], code: str, kept: bool
+    short: CodeExecutionContainer, enter: Callable[..., CodeExecutor], code: str, *, kept: bool
 ) -> None:
-    async with enter(short) as executor:
+    async with enter(short, grace=10 if kept else GRACE) as executor:
         await prepare(executor)
         error = await exceed(executor, code)
         assert (error.limit, error.bound, error.use, error.state_kept) == ("wall", WALL, WALL, kept)
@@ -396,7 +455,11 @@ DISK = {
     ),
     "deleted files": (
         "disk",
-        "for n in range(9):\n    kept.append(open('x', 'wb')); kept[-1].write(b'x' * (15 << 20))\n    os.remove('x')\nrest()",
+        (
+            "for n in range(9):\n"
+            "    kept.append(open('x', 'wb')); kept[-1].write(b'x' * (15 << 20)); os.remove('x')\n"
+            "rest()"
+        ),
     ),
     "a deep place": (
         "disk",
@@ -503,7 +566,7 @@ async def test_without_a_workspace_the_limit_of_app_is_that_of_tmp(tight: CodeEx
     [
         "raise OSError(28, 'No space left on device')",
         "raise BlockingIOError(11, 'Resource temporarily unavailable')",
-        "raise RuntimeError(\"can't start new thread\")",
+        'raise RuntimeError("can\'t start new thread")',
         "import socket; a, b = socket.socketpair(); a.setblocking(False); a.recv(1)",
         "open('/nonexistent')",
     ],
@@ -594,11 +657,21 @@ BOMBS = {
 }
 
 
+async def round_trips(executor: CodeExecutor, over: Callable[[], bool]) -> float:
+    """Seconds in which 95 of 100 cells come back, each well; of 50 at least, until it is over."""
+    times: list[float] = []
+    await executor.execute("x = 0", timeout=SECONDS)
+    while not over() or len(times) < 50:
+        began = time.perf_counter()
+        result = await executor.execute("x += 1; print(x)", timeout=SECONDS)
+        times.append(time.perf_counter() - began)
+        assert (result.text, result.restarted) == (str(len(times)), False)
+    return sorted(times)[int(len(times) * 0.95)]
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("bomb", BOMBS)
-async def test_a_neighbour_goes_on_while_a_session_does_its_worst(
-    bomb: str, engine: str, workspace_path: Path
-) -> None:
+async def test_a_neighbour_goes_on_while_a_session_does_its_worst(bomb: str, engine: str, workspace_path: Path) -> None:
     before = sandboxes.sandboxed(os.getpid())
     limits = Limits(memory=512 * MIB, pids=64, disk=64 * MIB, files=2000, cpu=3, file_size=32 * MIB)
     async with CodeExecutionContainer(
@@ -607,20 +680,16 @@ async def test_a_neighbour_goes_on_while_a_session_does_its_worst(
         await container.warmed()
         async with enter_as("bomb", container) as attacker, enter_as("neighbour", container) as neighbour:
             await prepare(attacker)
-            await neighbour.execute("x = 0", timeout=SECONDS)
+            # Of a machine that is busy itself not more is asked than it gives in peace.
+            in_peace = await round_trips(neighbour, lambda: True)
             running = asyncio.create_task(exceed(attacker, BOMBS[bomb]))
-            times: list[float] = []
-            while not running.done() or len(times) < 50:
-                began = time.perf_counter()
-                result = await neighbour.execute("x += 1; print(x)", timeout=SECONDS)
-                times.append(time.perf_counter() - began)
-                assert (result.text, result.restarted) == (str(len(times)), False)
+            at_war = await round_trips(neighbour, running.done)
             error = await running
             assert error.limit in ("cpu", "memory", "disk", "files", "pids")
-            times.sort()
-            assert times[int(len(times) * 0.95)] < 0.5
+            assert at_war < max(0.5, 10 * in_peace)
             # Whatever it left burning ends too, and its folder can be used again.
-            await until_ended(attacker) if bomb in ("forks", "processor") else None
+            if bomb in ("forks", "processor"):
+                await until_ended(attacker)
             assert (await attacker.execute("1 + 1", timeout=SECONDS)).text == "2"
         async with enter_as("bomb", container) as attacker:
             code = "import os\nfor name in os.listdir(): os.remove(name)\nprint(os.listdir())"
@@ -798,9 +867,9 @@ async def test_what_is_shut_to_us_is_laid_to_whom_it_belongs(
 
 async def test_a_folder_that_is_gone_or_a_link_holds_nothing(machine: Machine, folder: Path, tmp_path: Path) -> None:
     watch = watch_of(folder)
-    folder.rmdir()
+    os.rmdir(folder)  # noqa: PTH106 - at once
     assert await watch.look() is None
-    folder.symlink_to(tmp_path)
+    os.symlink(tmp_path, folder)  # noqa: PTH211
     assert await watch.look() is None
     assert machine.walks == 0
 
@@ -840,7 +909,7 @@ def unnest(folder: Path) -> None:
             above.append(os.open("d", os.O_RDONLY, dir_fd=above[-1]))
             depth += 1
     for fd in reversed(above):
-        for name in os.listdir(fd):
+        for name in os.listdir(fd):  # noqa: PTH208 - there is no path
             if name == "last":
                 os.remove(name, dir_fd=fd)
             else:
@@ -849,7 +918,7 @@ def unnest(folder: Path) -> None:
 
 
 @pytest.fixture
-def many_files() -> AsyncIterator[None] | Any:
+def many_files() -> Iterator[None]:
     """Leave to open as many descriptors as `unnest` needs."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, before[1]), before[1]))
@@ -858,7 +927,7 @@ def many_files() -> AsyncIterator[None] | Any:
 
 
 @pytest.mark.parametrize("comb", [False, True])
-def test_a_deep_tree_is_counted_whole_and_in_time(folder: Path, many_files: None, comb: bool) -> None:
+def test_a_deep_tree_is_counted_whole_and_in_time(folder: Path, many_files: None, *, comb: bool) -> None:
     nest(folder, 1000, comb=comb)
     try:
         watch = watch_of(folder)
@@ -1003,26 +1072,36 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.all: dict[int, Process] = {2: Process()}
-        self.reaped = 0.0
         self.deleted = 0
         self.asked_for_shares = 0
-        monkeypatch.setattr(guest, "_processes", lambda own: [pid for pid in self.all if pid > own])
-        monkeypatch.setattr(guest, "_ticks", lambda pid: (self.all[pid].own, self.all[pid].children))
-        monkeypatch.setattr(guest, "_resident", lambda pids: sum(self.all[pid].resident for pid in pids))
-        monkeypatch.setattr(guest, "_proportional", self._proportional)
-        monkeypatch.setattr(guest, "_in_deleted_files", lambda _pids, _device: self.deleted)
+        for name in ("_processes", "_ticks", "_resident", "_proportional", "_in_deleted_files"):
+            monkeypatch.setattr(guest, name, getattr(self, name))
         monkeypatch.setattr(guest, "_TICKS", 100)
-        used = SimpleNamespace(ru_utime=0.0, ru_stime=0.0)
-        monkeypatch.setattr(guest.resource, "getrusage", lambda _who: used)
-        self._used = used
+        self._used = SimpleNamespace(ru_utime=0.0, ru_stime=0.0)
+        monkeypatch.setattr(guest.resource, "getrusage", self._reaped)
 
     def reap(self, seconds: float) -> None:
         """The watcher has waited for an orphan that used so much."""
         self._used.ru_utime += seconds
 
+    def _reaped(self, _who: int) -> SimpleNamespace:
+        return self._used
+
+    def _processes(self, own: int) -> list[int]:
+        return [pid for pid in self.all if pid > own]
+
+    def _ticks(self, pid: int) -> tuple[int, int]:
+        return self.all[pid].own, self.all[pid].children
+
+    def _resident(self, pids: list[int]) -> int:
+        return sum(self.all[pid].resident for pid in pids)
+
     def _proportional(self, pid: int) -> int:
         self.asked_for_shares += 1
         return self.all[pid].proportional
+
+    def _in_deleted_files(self, _pids: list[int], _device: int) -> int:
+        return self.deleted
 
 
 @pytest.fixture

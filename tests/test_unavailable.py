@@ -652,8 +652,11 @@ async def test_alone_nothing_outside_can_be_reached(alone: CodeExecutor) -> None
 async def test_alone_sessions_share_nothing(separate: CodeExecutionContainer, alone: CodeExecutor) -> None:
     """D1, D2, D6, D7, D9."""
     async with CodeExecutor("other", separate.workspace, separate.port) as other:
-        assert set((await inside(alone, attempts.shared_with_others, True)).values()) == {"ok"}
-        assert set((await inside(other, attempts.shared_with_others, False)).values()) <= {"ENOENT", "ECONNREFUSED"}
+        attempts.check_shared(
+            await inside(alone, attempts.shared_with_others, True),
+            await inside(alone, attempts.shared_with_others, False),
+            await inside(other, attempts.shared_with_others, False),
+        )
         outside = sorted(sandboxed(os.getpid()))
         seen = await inside(other, attempts.pids)
         assert len(seen) <= 3

@@ -230,10 +230,11 @@ class Tunnel:
 
     def _serve(self, channel: _Channel, fd: int, event: int) -> None:
         if channel.stream is not None and fd == channel.stream.fileno():
+            stream = channel.stream
             if event & select.POLLOUT:
                 self._write(channel)
-            if channel.stream is not None and event & (select.POLLIN | select.POLLHUP | select.POLLERR):
-                self._from_stream(channel, channel.stream)
+            if event & (select.POLLIN | select.POLLHUP | select.POLLERR) and stream.fileno() >= 0:
+                self._from_stream(channel, stream)
         elif channel.watch is not None and fd == channel.watch.fileno():
             self._from_watch(channel, channel.watch)
         elif channel.asking is not None and fd == channel.asking.fileno():

@@ -205,7 +205,12 @@ class Tunnel:
 
     async def _send(self, kind: int, number: int, body: bytes = b"") -> None:
         async with self._sending:
-            await self._stream.write_in(HEADER.pack(kind, number, len(body)) + body)
+            # All who write to a full stream wait for one future of aiohttp's. Whoever is cancelled there cancels it,
+            # and with it the next who writes, be it another session: so nobody waits there who may be.
+            writing = asyncio.ensure_future(self._stream.write_in(HEADER.pack(kind, number, len(body)) + body))
+            self._tasks.add(writing)
+            writing.add_done_callback(self._tasks.discard)
+            await asyncio.shield(writing)
 
     async def _outward(self) -> None:
         """What is said to the supervisor, and the sockets handed over with it."""
