@@ -244,7 +244,8 @@ async def networked(
     (shared / "trusted.pem").write_text(served.certificate.read_text("ascii").partition("-----BEGIN PRIVATE")[0])
     if engine == "docker":
         show_clients(shared)
-    trusted = dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), "/app/skills/shared/trusted.pem")
+    place = "/app/skills/shared/trusted.pem"
+    trusted: dict[str, str] = {"SSL_CERT_FILE": place, "REQUESTS_CA_BUNDLE": place}
     async with CodeExecutionContainer(
         workspace_path=workspace, engine=engine, env=trusted, network=served.network(), preload=()
     ) as made:
@@ -448,13 +449,17 @@ async def test_the_kernel_holds_nothing_of_the_way_out(client: CodeExecutor) -> 
         assert await ask(client, code) in ([-1, "EPERM"], [-1, "EACCES"], [-1, "ENOSYS"])
 
 
+def number_inside(pid: int) -> int:
+    found = re.search(r"NSpid:.*\s(\d+)\n", Path(f"/proc/{pid}/status").read_text("utf-8"))
+    return int(found[1]) if found is not None else 0
+
+
 async def seen_from_here(client: ExecutionClient, before: set[int]) -> int:
     """The forwarder of a session, as this machine numbers it; `before` are the processes of the time before it."""
     number = await ask(client, "forwarder()")
     for pid in sandboxed(os.getpid()) - before:
         with contextlib.suppress(OSError):
-            found = re.search(r"NSpid:.*\s(\d+)\n", Path(f"/proc/{pid}/status").read_text("ascii"))  # noqa: ASYNC240 - /proc does not wait
-            if found is not None and int(found[1]) == number:
+            if number_inside(pid) == number:
                 return pid
     raise AssertionError(number)
 
@@ -857,8 +862,7 @@ async def test_connections_that_are_given_up_leave_nothing(
                 "[sock.recv(1) for sock in slow]"
             )
             assert world.plain.open == 20
-            # Until all that is on the way is full.
-            await client.execute("[sock.close() for sock in slow]")
+            await client.execute("x = 42; [sock.close() for sock in slow]")
             await holds(lambda: world.plain.open == 0)
             await no_more_than(opened)
             # Not one of the 64 that it may have is taken.
@@ -866,4 +870,6 @@ async def test_connections_that_are_given_up_leave_nothing(
             assert (await ask(client, f"fetch({world.url!r})"))[0] == 503
             await client.execute("[sock.close() for sock in idle]")
             await no_more_than(opened)
+            # Nor has the session itself ended with them.
+            assert await ask(client, "x") == 42
         await no_more_than(before)
