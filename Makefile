@@ -4,7 +4,7 @@
 #   make demo      a real data set analysed in a sandbox
 #   make test      the tests; ARGS="-k name" narrows them
 #   make check     lint, format, types, lock
-#   make bench     the measurements of the docs
+#   make bench     the measurements of the docs; those of Docker where there is an engine for them
 #   make clean     remove all that this file makes
 
 SHELL := /bin/sh
@@ -55,6 +55,7 @@ check: setup
 
 bench: setup
 	.venv/bin/python benchmarks/bench.py
+	-.venv/bin/python benchmarks/bench_docker.py
 
 clean:
 	rm -rf .venv .tools .pytest_cache .ruff_cache .hypothesis dist
