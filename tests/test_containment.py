@@ -1360,11 +1360,13 @@ async def test_other_sessions_leave_no_trace_in_proc(make_executor: Make) -> Non
     """D18: lists that the kernel keeps of everybody are the session's own, empty, or refused."""
     async with make_executor() as one, make_executor() as other:
         await one.execute("import socket; s = socket.socket(socket.AF_UNIX); s.bind('/tmp/of-one'); s.listen()")
-        for path in ("/proc/net/unix", "/proc/sched_debug", "/proc/timer_list", "/proc/sysvipc/shm", "/proc/keys"):
+        for path in ("/proc/net/unix", "/proc/sched_debug", "/proc/timer_list", "/proc/sysvipc/shm"):
             code = f"try: print(open('{path}').read())\nexcept OSError as exc: print(exc.errno)"
             text = (await other.execute(code)).text or ""
             assert "of-one" not in text
             assert len(text.splitlines()) <= 4
+        # Of whoever this user is outside.
+        assert await inside(other, texts, ["/proc/keys", "/proc/key-users"]) == ["", ""]
 
 
 # --- H: privileges and the kernel's surface ---------------------------------------------------------------------------

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _EXIT_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
+# The longest pause of the watcher inside, and then some.
+_EXCUSE_SECONDS = 3.0
 # struct ucred, unix(7): pid, uid, gid of who sent a datagram, as this process's namespaces know them.
 _CREDENTIALS = struct.Struct("=III")
 _SCM_CREDENTIALS = 2
@@ -45,8 +47,9 @@ class LocalSession:
     """A session of a container in this process: two sockets, one straight to the kernel and one to its watcher.
 
     State: `_link` to the kernel; `_watch` to the watcher; `_configured`, whether it was told what to be; `_at_work`,
-    whether the kernel owes a reply; `_killed`, whether that was ordered, and `_gone`, whether the container is being
-    closed; `_exit`, set once; in a sandbox of its own also that sandbox, closed with the session.
+    whether the kernel owes a reply; `_told`, the limit that its cell was ended for, and `_excused`, that of a cell which
+    has ended, and until when; `_killed`, whether that was ordered, and `_gone`, whether the container is being closed;
+    `_exit`, set once; in a sandbox of its own also that sandbox, closed with the session.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class LocalSession:
         self._closing: asyncio.Task[None] | None = None
         self._configured = False
         self._at_work = False
+        self._told: str | None = None
+        self._excused = ("", 0.0)
         self._memory_kills = 0
         self._killed = False
         self._gone = False
@@ -125,6 +130,12 @@ class LocalSession:
         if frame is not None and frame.header.get("type") == "execute_reply":
             self._note_kills()
             self._at_work = False
+            if self._told in ("disk", "files"):
+                # What the cell took before it ended may be found out only now, and another cell is not to blame.
+                self._excused = self._told, self._loop.time() + _EXCUSE_SECONDS
+                if self._disk is not None:
+                    self._disk.excuse()
+            self._told = None
         return frame
 
     async def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
@@ -177,7 +188,11 @@ class LocalSession:
 
     def _pass_on(self, overrun: Overrun) -> None:
         """Have the cell ended that went over a limit; without one, the session."""
-        if self._at_work and self.on_overrun is not None:
+        excused, until = self._excused
+        if overrun.limit == excused and self._loop.time() < until:
+            self._excused = ("", 0.0)
+        elif self._at_work and self.on_overrun is not None:
+            self._told = overrun.limit
             self.on_overrun(overrun)
         else:
             self._overrun = overrun

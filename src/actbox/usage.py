@@ -33,6 +33,8 @@ _SHARE, _URGENT_SHARE = 20, 2
 # What the disk as a whole loses, in parts of a limit, is worth a walk. Others may free room meanwhile, which hides what
 # the folder takes: so there is a walk from time to time, in seconds, as long as the disk changes at all.
 _WORTH, _SELDOM = 16, 5.0
+# Growth below this part of a limit is none: a file system may take more room for a file when it writes it out.
+_TRIFLE = 256
 # PATH_MAX names no folder that lies deeper.
 _MOST_DEPTH = 2048
 # Levels of a tree whose descriptors are kept.
@@ -43,9 +45,10 @@ _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class DiskWatch:
     """Tells when a folder has grown beyond `limits.disk` or `limits.files`.
 
-    State: what the folder held when it was first and last walked, None before; the disk's free bytes and files at the
-    first walk, at the last one and at the last look; when the last walk ended and how long it took; the pause until the
-    next look, in seconds.
+    State: what the folder held when it was first and last walked, None before; how much of that is settled, as it was
+    told of or is not this session's doing; the disk's free bytes and files at the
+    first walk, at the last one and at the last look; when the last walk ended and how long it took; whether the next
+    look is `excused`; the pause until then, in seconds.
     """
 
     def __init__(self, folder: Path, key: str, limits: Limits) -> None:
@@ -54,12 +57,18 @@ class DiskWatch:
         self._limits = limits
         self._held: tuple[int, int] | None = None
         self._held_at_first: tuple[int, int] = (0, 0)
+        self._settled: tuple[int, int] = (0, 0)
         self._free_at_first: tuple[int, int] = (0, 0)
         self._free_at_walk: tuple[int, int] = (0, 0)
         self._free: tuple[int, int] = (0, 0)
         self._walked = 0.0
         self._walk_seconds = 0.0
+        self._excused = False
         self.pause = _SHORTEST
+
+    def excuse(self) -> None:
+        """What the folder holds at the next look is held against nobody: a cell was ended for it already."""
+        self._excused = True
 
     async def look(self) -> Overrun | None:
         """The limit that the folder has passed since the last look, if any; a folder that is gone holds nothing."""
@@ -75,14 +84,21 @@ class DiskWatch:
             self.pause = min(2 * self.pause, _LONGEST) if free == self._free else _SHORTEST
             self._free = free
             before = self._held
-            if before is not None and not self._is_worth_a_walk(before, free, counts_files=room.f_files > 0):
+            excused, self._excused = self._excused, False
+            if (
+                before is not None
+                and not excused
+                and not self._is_worth_a_walk(before, free, counts_files=room.f_files > 0)
+            ):
                 return None
             self._free_at_walk = free
             self._held = held = self._walk(folder)
         if before is None:
             self._held_at_first, self._free_at_first = held, free
+        if before is None or excused:
+            self._settled = held
             return None
-        return self._judge(before, held)
+        return self._judge(held)
 
     def _is_worth_a_walk(self, held: tuple[int, int], free: tuple[int, int], *, counts_files: bool) -> bool:
         """Whether a walk may find something out, and it is time for one.
@@ -99,12 +115,15 @@ class DiskWatch:
         least = max(0.0 if soon else _SELDOM, _SHARE * self._walk_seconds)
         return free != self._free_at_walk and passed >= least
 
-    def _judge(self, before: tuple[int, int], held: tuple[int, int]) -> Overrun | None:
+    def _judge(self, held: tuple[int, int]) -> Overrun | None:
         """What is over and has grown; what has not is an earlier session's, and may still be cleaned up."""
+        settled = self._settled
+        self._settled = min(settled[0], held[0]), min(settled[1], held[1])
         for name, limit, was, now in zip(
-            ("disk", "files"), (self._limits.disk, self._limits.files), before, held, strict=True
+            ("disk", "files"), (self._limits.disk, self._limits.files), settled, held, strict=True
         ):
-            if now > limit and now > was:
+            if now > limit and now - was > limit // _TRIFLE:
+                self._settled = held
                 return Overrun(name, limit, now)
         return None
 

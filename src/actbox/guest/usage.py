@@ -14,6 +14,8 @@ from dataclasses import dataclass
 _PAGE = resource.getpagesize()
 _TICKS = os.sysconf("SC_CLK_TCK")
 _SHORTEST, _LONGEST = 0.25, 2.0
+# Growth below this part of a limit is none: a file system may take more room for a file when it writes it out.
+_TRIFLE = 256
 # Descriptors that one look asks about, so that their number does not hold up the rest.
 _MOST_FDS = 4096
 
@@ -51,7 +53,7 @@ class Meter:
         self._base: float | None = None
         self._times: dict[int, int] = {}
         self._seen = 0
-        self._deleted = 0
+        self._told = 0
 
     @property
     def pause(self) -> int:
@@ -81,9 +83,11 @@ class Meter:
             # Who goes on after this is told of again.
             used, self._base = seconds - self._base, seconds
             return Overrun("cpu", round(used, 3))
-        before, self._deleted = self._deleted, _in_deleted_files(pids, self._device)
-        if self._deleted > max(self._disk, before):
-            return Overrun("disk", self._deleted)
+        deleted = _in_deleted_files(pids, self._device)
+        self._told = min(self._told, deleted)
+        if deleted > self._disk and deleted - self._told > self._disk // _TRIFLE:
+            self._told = deleted
+            return Overrun("disk", deleted)
         return None
 
     def _seconds(self, pids: list[int]) -> float:
