@@ -15,7 +15,7 @@ import socket
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from actbox.engines.docker import daemon, images, owner
 
@@ -27,6 +27,7 @@ __all__ = [
     "find_docker",
     "folders",
     "image_variables",
+    "is_docker",
     "sandboxed",
     "supervisors",
 ]
@@ -109,6 +110,16 @@ def containers(pid: int) -> list[Container]:
             state: dict[str, Any] = told["State"]
             found.append(Container(listed["Id"], state["Status"], state["Pid"]))
     return found
+
+
+def is_docker(address: object) -> bool:
+    """Whether a socket's address, of this machine's or of TCP, is the daemon's."""
+    if not _found:
+        return False
+    kind, _, place = _found[0].partition("://")
+    if kind == "unix":
+        return address == place
+    return isinstance(address, tuple) and ":".join(map(str, cast("tuple[object, ...]", address)[:2])) == place
 
 
 def image_variables() -> set[str]:

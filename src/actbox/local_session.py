@@ -47,7 +47,7 @@ class LocalSession:
     """A session of a container in this process: two sockets, one straight to the kernel and one to its watcher.
 
     State: `_link` to the kernel; `_watch` to the watcher; `_configured`, whether it was told what to be; `_at_work`,
-    whether the kernel owes a reply; `_told`, the limit that its cell was ended for, and `_excused`, that of a cell which
+    whether the kernel owes a reply; `_told`, the limit that its cell was ended for, and `_excused`, that of a cell that
     has ended, and until when; `_killed`, whether that was ordered, and `_gone`, whether the container is being closed;
     `_exit`, set once; in a sandbox of its own also that sandbox, closed with the session.
     """
