@@ -104,6 +104,9 @@ class Group:
         Raises:
             OSError: it has ended, or may not be moved.
         """
+        if pid <= 0:
+            # To the system 0 means whoever writes: this process itself.
+            raise ProcessLookupError(f"{pid} is no process")
         for folder in {self._memory, self._pids}:
             (folder / "cgroup.procs").write_text(str(pid))
 

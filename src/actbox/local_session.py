@@ -92,17 +92,20 @@ class LocalSession:
         """Have the kernel forked, and wait until it is ready."""
         stream, their_stream = socket.socketpair()
         watch, their_watch = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if self._group is not None:
+            # Before anybody can speak on it: what is said earlier comes without its sender.
+            watch.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         with their_stream, their_watch:
             try:
                 asking = () if self._way_out is None else (self._way_out.theirs,)
                 self._supervision.ask_session(their_stream, their_watch, *asking)
+                for sock in asking:
+                    sock.close()
             except BaseException:
                 stream.close()
                 watch.close()
                 raise
         watch.setblocking(False)
-        if self._group is not None:
-            watch.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._watch = watch
         self._loop.add_reader(watch, self._hear)
         if self._disk is not None or self._group is not None:
@@ -275,6 +278,8 @@ class LocalSession:
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, _SCM_CREDENTIALS):
                 pid = _CREDENTIALS.unpack_from(data)[0]
+                if not pid:
+                    continue
                 try:
                     self._group.add(pid)
                 except ProcessLookupError:

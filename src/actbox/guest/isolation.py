@@ -109,6 +109,7 @@ def build_root(binds: list[dict[str, Any]], key: str | None, limits: dict[str, A
     for name in sorted(os.listdir("/")):
         if name not in _OWN:
             _take_over(f"/{name}", f"{NEW_ROOT}/{name}")
+    _hide_resolver()
     _make_app(binds, key, limits)
     tmp = f"{NEW_ROOT}/tmp"
     os.mkdir(tmp)
@@ -143,6 +144,22 @@ def _take_over(source: str, target: str) -> None:
     else:
         return
     _mount(f"bind {source}", source, target, None, MS_BIND | MS_REC, None)
+
+
+def _hide_resolver() -> None:
+    """Show no name servers and search domains: an engine may have put the machine's own into /etc."""
+    place = f"{NEW_ROOT}/etc/resolv.conf"
+    try:
+        if not stat.S_ISREG(os.lstat(place).st_mode):
+            return
+    except OSError:
+        return
+    ours = f"{NEW_ROOT}/.resolv.conf"
+    with open(ours, "w") as file:
+        file.write("nameserver 127.0.0.1\n")
+    _mount("/etc/resolv.conf", ours, place, None, MS_BIND, None)
+    _readonly(place)
+    os.unlink(ours)
 
 
 def _make_app(binds: list[dict[str, Any]], key: str | None, limits: dict[str, int]) -> None:
