@@ -55,11 +55,12 @@ _EXIT_SECONDS = 5.0
 
 @dataclass(slots=True)
 class _Stop:
-    """Why a running cell is being ended, and the timer that will kill its kernel."""
+    """Why a running cell is being ended, the timer that will kill its kernel, and whether it has."""
 
     why: Literal["interrupt", "timeout", "limit"]
     timeout: float
     overrun: Overrun | None = None
+    killed: bool = False
     timer: asyncio.TimerHandle | None = None
 
 
@@ -304,6 +305,9 @@ class ExecutionClient(FileTransfers):
             while (frame := await session.receive()) is not None:
                 message = messages.decode(frame)
                 match message:
+                    case messages.Reply(number) if number == cell and self._is_killed(execution):
+                        # It came too late: what is told is how the kernel ends.
+                        continue
                     case messages.Reply(number, status, count, left_out, passed) if number == cell:
                         if execution.transfer is not None and left_out:
                             execution.transfer.left_out = left_out
@@ -325,6 +329,10 @@ class ExecutionClient(FileTransfers):
                 sending.cancel()
                 await asyncio.wait([sending])
         return await self._after_end(execution, session, cell)
+
+    def _is_killed(self, execution: Execution) -> bool:
+        stop = self._stops.get(id(execution))
+        return stop is not None and stop.killed
 
     def _ending(self, execution: Execution, status: str, count: int, refused: Overrun | None) -> Outcome:
         stop = self._stops.get(id(execution))
@@ -399,7 +407,12 @@ class ExecutionClient(FileTransfers):
         session = self._session
         if session is not None and self._running_cell:
             session.interrupt(self._running_cell)
-            stop.timer = asyncio.get_running_loop().call_later(self._grace, session.kill)
+            stop.timer = asyncio.get_running_loop().call_later(self._grace, _kill, stop, session)
+
+
+def _kill(stop: _Stop, session: Session) -> None:
+    stop.killed = True
+    session.kill()
 
 
 def _numbered(session: Session, cell: int) -> Callable[[dict[str, Any], bytes], Awaitable[None]]:
