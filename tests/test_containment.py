@@ -254,6 +254,15 @@ def calls_refused(numbers: dict[str, int], names: list[str]) -> dict[str, str]:
 
 def set_id_programs_run() -> dict[str, int]:
     """Start the set-uid programs that there are, and see whose processes they are."""
+
+    def effective_uid(pid: int) -> int:
+        # While it is still being started it has the rights of who starts it.
+        while True:
+            with open(f"/proc/{pid}/status") as file:
+                told = dict(line.split(":\t", 1) for line in file if ":\t" in line)
+            if told["State"][0] in "SZ":
+                return int(told["Uid"].split()[1])
+
     found: dict[str, int] = {}
     for path in [*glob.glob("/usr/bin/*"), *glob.glob("/usr/lib/*/*-helper")]:
         with contextlib.suppress(OSError):
@@ -263,7 +272,7 @@ def set_id_programs_run() -> dict[str, int]:
             # It waits for the pipe, before or after it has the rights of its owner.
             process = subprocess.Popen([path, "-"], stdin=reader, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             with contextlib.suppress(OSError):
-                found[path] = os.stat(f"/proc/{process.pid}").st_uid
+                found[path] = effective_uid(process.pid)
             process.kill()
             process.wait()
             os.close(reader)
@@ -1503,6 +1512,10 @@ async def test_ipython_works(executor: CodeExecutor) -> None:
 # --- H14: without a layer the case fails ------------------------------------------------------------------------------
 
 
+# Where Landlock holds too it is taken away as well; `test_landlock` shows what it does alone.
+WITHOUT_LANDLOCK = ("landlock.py", r"    abi = min\(offered\(\), _ABI_LOG\)\n", "    abi = 0\n")
+
+
 class Mutant(NamedTuple):
     """The guest with one layer less, and what then is no longer refused."""
 
@@ -1510,6 +1523,7 @@ class Mutant(NamedTuple):
     pattern: str
     new: str
     broken: Callable[[CodeExecutor], Any]
+    landlock_holds: bool = False
 
 
 async def _root_written(executor: CodeExecutor) -> bool:
@@ -1567,8 +1581,8 @@ async def _link_followed(executor: CodeExecutor) -> bool:
 
 
 MUTANTS = {
-    "read-only root (A3)": Mutant("isolation.py", r'    _readonly\("/"\)\n', "", _root_written),
-    "read-only /dev (A4)": Mutant("isolation.py", r"    _readonly\(dev\)\n", "", _dev_written),
+    "read-only root (A3)": Mutant("isolation.py", r'    _readonly\("/"\)\n', "", _root_written, landlock_holds=True),
+    "read-only /dev (A4)": Mutant("isolation.py", r"    _readonly\(dev\)\n", "", _dev_written, landlock_holds=True),
     "one key's folder (A6)": Mutant(
         "isolation.py", r"_open_folder\(bind.*\)\n", '_open_folder(bind["target"], None)\n', _other_key_seen
     ),
@@ -1579,7 +1593,7 @@ MUTANTS = {
         "kernel.py", r"for fd in \[\*sorted.*\]:", "for fd in ():", _more_descriptors
     ),
     "watcher not dumpable (A29, D13)": Mutant(
-        "session.py", r"isolation\.set_dumpable\(.*False\)", "pass", _watcher_opened
+        "session.py", r"isolation\.set_dumpable\(.*False\)", "pass", _watcher_opened, landlock_holds=True
     ),
     "fresh /proc (D1, D4)": Mutant(
         "isolation.py",
@@ -1612,6 +1626,8 @@ async def test_without_the_layer_the_attempt_succeeds(
     for module in preload:
         pytest.importorskip(module)
     change_guest(mutant.file, mutant.pattern, mutant.new)
+    if mutant.landlock_holds:
+        change_guest(*WITHOUT_LANDLOCK)
     if engine == "docker" and "set-id" in layer:
         # The rule is in Docker's filter too.
         policies = {stage: {**policy, "chmod": ()} for stage, policy in seccomp.POLICIES.items()}
@@ -1803,9 +1819,13 @@ async def _processes_unbounded(executor: CodeExecutor) -> bool:
 
 
 DOCKER_MUTANTS = {
-    "read-only root (A2)": DockerMutant(_host_config(ReadonlyRootfs=False), (), _image_written, separate=False),
-    "read-only root of a lone session (A2)": DockerMutant(_host_config(ReadonlyRootfs=False), (), _image_written),
-    "read-only folders (A5)": DockerMutant(_writable, (), _skill_written),
+    "read-only root (A2)": DockerMutant(
+        _host_config(ReadonlyRootfs=False), (WITHOUT_LANDLOCK,), _image_written, separate=False
+    ),
+    "read-only root of a lone session (A2)": DockerMutant(
+        _host_config(ReadonlyRootfs=False), (WITHOUT_LANDLOCK,), _image_written
+    ),
+    "read-only folders (A5)": DockerMutant(_writable, (WITHOUT_LANDLOCK,), _skill_written),
     "no network (C3)": DockerMutant(_host_config(NetworkMode="host"), (), _loopback_reached),
     "own processes (D1)": DockerMutant(_host_config(PidMode="host"), (), _host_seen),
     "own shared memory (D6)": DockerMutant(_host_config(IpcMode="host"), (), _shared_memory_seen),
@@ -1814,7 +1834,7 @@ DOCKER_MUTANTS = {
         _host_config(CapDrop=[]), (("isolation.py", r"    drop_capabilities\(\)\n", ""),), _can_get_capabilities
     ),
     "no new privileges (H2)": DockerMutant(
-        _secured("no-new-privileges", []), (*NO_FILTERS, NO_NEW_PRIVILEGES), _set_uid_works
+        _secured("no-new-privileges", []), (*NO_FILTERS, NO_NEW_PRIVILEGES, WITHOUT_LANDLOCK), _set_uid_works
     ),
     "system call profile (H3)": DockerMutant(_secured("seccomp=", ["seccomp=unconfined"]), NO_FILTERS, _namespace_made),
     "unprivileged user (H9)": DockerMutant(OTHERWISE["User"], (), _is_root),

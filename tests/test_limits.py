@@ -678,7 +678,7 @@ async def test_a_neighbour_goes_on_while_a_session_does_its_worst(bomb: str, eng
         workspace_path=workspace_path, engine=engine, preload=(), limits=limits
     ) as container:
         await container.warmed()
-        async with enter_as("bomb", container) as attacker, enter_as("neighbour", container) as neighbour:
+        async with enter_as("bomb", container, grace=2) as attacker, enter_as("neighbour", container) as neighbour:
             await prepare(attacker)
             # Of a machine that is busy itself not more is asked than it gives in peace.
             in_peace = await round_trips(neighbour, lambda: True)

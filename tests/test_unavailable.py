@@ -703,31 +703,51 @@ async def test_alone_a_cell_that_takes_too_long_is_interrupted(alone: CodeExecut
 STUBBORN = {
     "ignores the interrupt (E11)": "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)",
     "stops itself (E18)": "import os; os.kill(os.getpid(), 19)",
-    "stops its watcher": (
-        "import os\nfor pid in range(2, os.getpid()):\n    try: os.kill(pid, 19)\n    except OSError: pass"
-    ),
 }
+STOP_WATCHER = "import os\nfor pid in range(2, os.getpid()):\n    try: os.kill(pid, 19)\n    except OSError: pass"
+
+
+async def killed_for_not_ending(executor: CodeExecutor, code: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ExecutionTimeout) as caught:
+        await executor.execute(f"{code}\nwhile True: pass", timeout=0.5)
+    assert not caught.value.state_kept
+    assert time.monotonic() - began < BOUND
+    result = await executor.execute("print(1)")
+    assert (result.text, result.restarted) == ("1", True)
 
 
 @pytest.mark.parametrize("way", STUBBORN)
 async def test_alone_a_cell_that_will_not_end_is_killed(alone: CodeExecutor, way: str) -> None:
-    """E11: in bounded time, whatever it does to the process that watches it; the next cell finds a fresh kernel."""
-    began = time.monotonic()
-    with pytest.raises(ExecutionTimeout) as caught:
-        await alone.execute(f"{STUBBORN[way]}\nwhile True: pass", timeout=0.5)
-    assert not caught.value.state_kept
-    assert time.monotonic() - began < BOUND
-    result = await alone.execute("print(1)")
-    assert (result.text, result.restarted) == ("1", True)
+    """E11: in bounded time; the next cell finds a fresh kernel."""
+    await killed_for_not_ending(alone, STUBBORN[way])
+
+
+@pytest.fixture
+async def exposed(
+    change_guest: Callable[[str, str, str], None], workspace_path: Path, engine: str
+) -> AsyncIterator[CodeExecutor]:
+    """A session in a sandbox of its own where there is no Landlock: it can signal the process that watches it."""
+    change_guest(*attempts.WITHOUT_LANDLOCK)
+    async with (
+        CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=(), separate=True) as container,
+        CodeExecutor("one", container.workspace, container.port, interrupt_grace=0.3) as executor,
+    ):
+        yield executor
+
+
+async def test_alone_a_cell_that_stops_its_watcher_is_killed(exposed: CodeExecutor) -> None:
+    """E11: as any other that will not end."""
+    await killed_for_not_ending(exposed, STOP_WATCHER)
 
 
 @pytest.mark.parametrize("code", ["os.kill(-1, 9)", "os.kill(os.getppid(), 9)"])
-async def test_alone_a_session_that_kills_its_watcher_ends(alone: CodeExecutor, code: str) -> None:
+async def test_alone_a_session_that_kills_its_watcher_ends(exposed: CodeExecutor, code: str) -> None:
     """D2, E15: and the host knows; a loop behind it cannot make anybody wait."""
     with pytest.raises((KernelDied, ExecutionTimeout)):
         async with asyncio.timeout(BOUND):
-            await alone.execute(f"import os\n{code}\nwhile True: pass", timeout=1)
-    assert (await alone.execute("print(1)")).text == "1"
+            await exposed.execute(f"import os\n{code}\nwhile True: pass", timeout=1)
+    assert (await exposed.execute("print(1)")).text == "1"
 
 
 async def test_alone_a_kernel_that_dies_is_started_anew(alone: CodeExecutor) -> None:
