@@ -35,12 +35,13 @@ def run(code: str, folder: Path) -> str:
 def test_the_first_example_prints_what_the_readme_says(tmp_path: Path, default_engine: str) -> None:
     (language, code), (_, output) = FENCED[:2]
     assert language == "python"
+    expected = {output}
     if default_engine == "docker":
-        # The image has such a file, which its root alone may read.
+        # The image may have such a file, which its root alone may read.
         absent = "FileNotFoundError: [Errno 2] No such file or directory"
         assert absent in output
-        output = output.replace(absent, "PermissionError: [Errno 13] Permission denied")
-    assert run(code, tmp_path) == output
+        expected.add(output.replace(absent, "PermissionError: [Errno 13] Permission denied"))
+    assert run(code, tmp_path) in expected
     assert (tmp_path / "logs" / "agent.log").exists()
     assert (tmp_path / "logs" / "agent.jsonl").exists()
 
