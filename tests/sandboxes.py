@@ -79,7 +79,8 @@ def supervisors(pid: int) -> set[int]:
 def folders(pid: int) -> list[str]:
     """What a program keeps beside its containers of Docker's while they start."""
     places = ("/run", f"/run/user/{os.geteuid()}", "/tmp")
-    return sorted(str(path) for place in places for path in Path(place).glob(f"actbox-{pid}-*"))
+    names = f"actbox-{owner.this_process().space}-{pid}-*"
+    return sorted(str(path) for place in places for path in Path(place).glob(names))
 
 
 # --- Docker's daemon --------------------------------------------------------------------------------------------------

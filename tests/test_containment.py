@@ -1793,7 +1793,8 @@ async def _skill_written(executor: CodeExecutor) -> bool:
 
 
 async def _is_root(executor: CodeExecutor) -> bool:
-    return (await inside(executor, opened, ["/etc/shadow"]))["/etc/shadow"] == "ok"
+    code = "import os\ntry: os.listdir('/root'); print('listed')\nexcept PermissionError: print('refused')"
+    return (await executor.execute(code)).text == "listed"
 
 
 def forked(count: int) -> int:

@@ -660,6 +660,7 @@ async def test_a_start_that_is_cancelled_leaves_no_container(
 
     async def ask(*args: Any, **kwargs: Any) -> Any:
         answer = await real(*args, **kwargs) if moment == "after" else None
+        assert folders(os.getpid()) != []
         reached.set()
         assert await asyncio.to_thread(go.wait, BOUND)
         return answer if moment == "after" else await real(*args, **kwargs)

@@ -117,6 +117,10 @@ def build_root(binds: list[dict[str, Any]], key: str | None, limits: dict[str, A
     _make_dev(limits)
     os.mkdir(f"{NEW_ROOT}/proc")
     _mount("fresh /proc", "proc", f"{NEW_ROOT}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
+    for name in ("keys", "key-users"):
+        # No namespace divides them: they tell of keyrings of whoever this user is outside.
+        if os.path.exists(f"{NEW_ROOT}/proc/{name}"):
+            _mount(f"/proc/{name}", f"{NEW_ROOT}/dev/null", f"{NEW_ROOT}/proc/{name}", None, MS_BIND, None)
     os.mkdir(f"{NEW_ROOT}/.old", 0o700)
     pivot_root = _PIVOT_ROOT[os.uname().machine]
     new, old = NEW_ROOT.encode(), f"{NEW_ROOT}/.old".encode()
