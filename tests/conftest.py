@@ -41,10 +41,12 @@ _numbers = itertools.count(1)
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks of this suite."""
     config.addinivalue_line("markers", "engines(name, ...): the test is about these engines, and runs on no other")
+    config.addinivalue_line("markers", "counting: the test counts all that this process has, and runs early")
 
 
+@pytest.hookimpl(trylast=True)  # pytest has its own order of what shares a fixture
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is about one engine where the engine is another."""
+    """Leave out what is about one engine where the engine is another; run what counts before what is shared exists."""
     left_out: list[pytest.Item] = []
     for item in items:
         mark = item.get_closest_marker("engines")
@@ -54,6 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.callspec.params["engine"] not in mark.args:
                 left_out.append(item)
     items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.get_closest_marker("counting") is None)
     config.hook.pytest_deselected(items=left_out)
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from actbox import Execution
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(90), pytest.mark.counting]
 
 BOUND = 15.0
 MEGABYTE = 1 << 20

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from actbox.guest.seccomp import Stage
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.counting]
 
 BOUND = 15.0
 MIB = 1 << 20
