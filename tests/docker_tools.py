@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import aiodocker
-import pytest
+from needs import lacking
 from registry import layer
 
 from actbox import ExecutionClient, ExecutionContainer, SandboxUnavailable
@@ -45,11 +45,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "stream": {},
     "runsc": {"runtime": "runsc"},
 }
-
-
-def lacking(reason: str) -> None:
-    """Skip the test for what this machine lacks; in CI nothing may be lacking."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
 async def until(condition: Callable[[], Awaitable[bool] | bool], seconds: float = BOUND) -> bool:

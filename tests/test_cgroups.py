@@ -17,7 +17,9 @@ def own_group() -> str:
     return Path("/proc/self/cgroup").read_text("ascii")
 
 
-needs_groups = pytest.mark.skipif(find() is None, reason="this user may make no control groups")
+needs_groups = pytest.mark.skipif(
+    find() is None and not (os.environ.get("CI") and os.geteuid() == 0), reason="this user may make no control groups"
+)
 
 
 def processes(group: Path) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import dockerd
 import pytest
 from dockerd import PrivateDaemon
+from needs import lacking
 from registry import Registry, layer, split
 
 if TYPE_CHECKING:
@@ -151,8 +152,9 @@ def test_a_saved_image_is_loaded(daemon: PrivateDaemon, registry: Registry, tmp_
     assert daemon.docker("images", "--quiet", "--no-trunc", image.reference) == f"{image.config}\n"
 
 
-@pytest.mark.skipif(not Path("/usr/bin/runsc").exists(), reason="needs runsc")
 def test_a_daemon_knows_runsc(daemon: PrivateDaemon, registry: Registry) -> None:
+    if not Path("/usr/bin/runsc").exists():
+        lacking("runsc is not installed")
     image = registry.add("tiny", [layer({"hello": b"hello"})])
     run = ["run", "--rm", "--network=none", "--runtime=runsc", *HOST, image.reference]
     assert daemon.docker(*run, "/usr/bin/uname", "-r") == "4.4.0\n"

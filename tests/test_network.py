@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import docker_tools as tools
 import pytest
 from docker_tools import WAYS, until
+from needs import lacking
 from outside import LOOPBACK, MIB, SECONDS, Names, Server, make_certificate, serving, web
 from sandboxes import sandboxed
 
@@ -301,7 +302,7 @@ async def test_urllib_requests_and_httpx_reach_what_is_listed(client: CodeExecut
 
 async def test_curl_reaches_what_is_listed(client: CodeExecutor, world: World) -> None:
     if await ask(client, "__import__('shutil').which('curl')") is None:
-        pytest.skip("there is no curl inside")
+        lacking("there is no curl inside")
     for url in (world.url, world.secret_url):
         assert '"path": "/curl"' in str((await client.execute(f"!curl -sS {url}/curl")).text)
     refused = (await client.execute("!curl -sSi https://evil.example/")).text or ""

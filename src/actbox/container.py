@@ -44,6 +44,7 @@ egress_logger = logging.getLogger("actbox.egress")
 DEFAULT_PRELOAD = ("numpy", "pandas", "matplotlib.pyplot", "matplotlib_inline.backend_inline")
 _PACKAGES = "/tmp/.packages"
 _KEPT_RECORDS = 1000
+WATCHDOG = "rlimits and a watchdog"
 
 
 class ExecutionContainer:
@@ -179,7 +180,7 @@ class ExecutionContainer:
 
         The limits of processes and the watchdog are in force in any case.
         """
-        return str(self._hierarchy) if self._hierarchy is not None else "rlimits and a watchdog"
+        return str(self._hierarchy) if self._hierarchy is not None else WATCHDOG
 
     @property
     def network(self) -> Network | None:

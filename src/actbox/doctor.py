@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from actbox import engines
 from actbox.client import ExecutionClient
-from actbox.container import ExecutionContainer
+from actbox.container import WATCHDOG, ExecutionContainer
 from actbox.engines.base import Layer
 from actbox.errors import ActboxError, SandboxUnavailable
 
@@ -111,7 +111,7 @@ async def _look_inside(name: str, tag: str, runtime: str | None, tell: Callable[
         async with ExecutionContainer(
             tag, engine=name, preload=(), show_pull_progress=False, runtime=runtime
         ) as container:
-            layers.append(_nesting(container))
+            layers += [_nesting(container), _limits(container)]
             tell("looking around from inside a session")
             async with ExecutionClient(container.port) as client:
                 result = await client.execute(_LOOK, timeout=30)
@@ -133,6 +133,17 @@ def _nesting(container: ExecutionContainer) -> Layer:
         f"one sandbox per session, slower to start: {container.nesting_refusal}",
         "Allow nested user namespaces; AppArmor profiles (Ubuntu's for bwrap, Docker's own) and gVisor do not.",
     )
+
+
+def _limits(container: ExecutionContainer) -> Layer:
+    if container.enforcement == WATCHDOG:
+        return Layer(
+            "session limits",
+            "weaker",
+            f"{WATCHDOG}: what one session takes is measured some times a second, not bounded by the kernel",
+            "Name a control group that this user may divide by ACTBOX_CGROUP, or use an engine that has one.",
+        )
+    return Layer("session limits", "on", f"{container.enforcement}, beside the limits of processes and a watchdog")
 
 
 def _judge(facts: dict[str, str], *, nested: bool) -> list[Layer]:

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import os
 import stat
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -46,7 +47,7 @@ MAX_BYTES = 1 << 30
 _MAX_REASON = 1000
 
 
-class FileTransfers:
+class FileTransfers(ABC):
     """The methods of `ExecutionClient` that move files; it says how a transfer is submitted.
 
     `relpath` is a path inside, relative to `/app`, or absolute in `/app` or `/tmp`; `local_path` one of the host. Both
@@ -66,13 +67,13 @@ class FileTransfers:
     Inside, folders that were made for it may stay, and if the kernel was killed a hidden one named `.actbox-*`.
     """
 
+    @abstractmethod
     def check_connected(self) -> None:
         """Raises `StateError` unless transfers can be submitted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def submit_transfer(self, transfer: Transfer) -> Execution:
         """Put a transfer behind the cells and transfers submitted before."""
-        raise NotImplementedError
 
     async def upload_file(self, relpath: str, local_path: str | Path, timeout: float = 120) -> None:
         """Copy a file of the host to `relpath`; missing folders above it are made.

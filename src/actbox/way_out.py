@@ -76,5 +76,4 @@ class WayOut:
         self.theirs.close()
         await self._proxy.close()
         if self._serving:
-            with contextlib.suppress(Exception):
-                await asyncio.wait(self._serving)
+            await asyncio.wait(self._serving)

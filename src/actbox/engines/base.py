@@ -17,6 +17,19 @@ if TYPE_CHECKING:
     from actbox.errors import SandboxUnavailable
     from actbox.spec import ContainerSpec
 
+MATPLOTLIB = "/tmp/.matplotlib"
+# The environment that every session starts with, whatever the engine; the host's own never gets in.
+VARIABLES = {
+    "HOME": "/tmp",
+    "USER": "sandbox",
+    "LANG": "C.UTF-8",
+    "SHELL": "/bin/sh",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "MPLCONFIGDIR": MATPLOTLIB,
+    # One pool of two threads serves cells of two cores' worth; more only cost memory in each session.
+    "MALLOC_ARENA_MAX": "4",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:

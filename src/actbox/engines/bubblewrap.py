@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from actbox.engines import environments, launcher, plan, stage
-from actbox.engines.base import Boundary, Engine, Layer, Layout
+from actbox.engines.base import MATPLOTLIB, Boundary, Engine, Layer, Layout
 from actbox.engines.folders import hold_folders
 from actbox.errors import SandboxUnavailable
 from actbox.shielded import finish
@@ -75,7 +75,7 @@ class BubblewrapEngine(Engine):
         bwrap = find_bwrap()
         facts = await asyncio.to_thread(_prepare, environment, bwrap, progress)
         made = plan.make_plan(facts, spec, nested=nested, key=key)
-        seeds = ((f"{plan.WARM}/matplotlib", plan.MATPLOTLIB),) if facts.warm is not None else ()
+        seeds = ((f"{plan.WARM}/matplotlib", MATPLOTLIB),) if facts.warm is not None else ()
         with hold_folders(made.folders) as folders:
             layout = Layout(plan.GUEST, made.extra_path, seeds, folders, nested)
             return await self._launch(bwrap, made, layout)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from actbox.engines.base import VARIABLES
 from actbox.spec import MIB
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ ENV = f"{HOME}/env"
 BASE = f"{HOME}/base"
 GUEST = f"{HOME}/guest"
 WARM = f"{HOME}/warm"
-MATPLOTLIB = "/tmp/.matplotlib"
 UID = 1000
 # Interpreters here are shown at their own place; those below a home folder are moved, as the place would tell whose.
 _PUBLIC = ("/usr", "/opt", "/nix", "/gnu", "/lib", "/lib64")
@@ -171,18 +171,8 @@ def warm_plan(facts: Facts, folder: Path) -> Plan:
 
 
 def _variables(facts: Facts, extra_path: tuple[str, ...]) -> tuple[str, ...]:
-    """The environment that every session starts with; the host's own never gets in."""
-    values = {
-        "PATH": f"{ENV}/bin:/usr/local/bin:/usr/bin:/bin",
-        "HOME": "/tmp",
-        "USER": "sandbox",
-        "LANG": "C.UTF-8",
-        "SHELL": "/bin/sh",
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-        "MPLCONFIGDIR": MATPLOTLIB,
-        # One pool of two threads serves cells of two cores' worth; more only cost memory in each session.
-        "MALLOC_ARENA_MAX": "4",
-    }
+    """`VARIABLES`, and where this environment's programs and packages are."""
+    values = {"PATH": f"{ENV}/bin:/usr/local/bin:/usr/bin:/bin", **VARIABLES}
     if extra_path:
         values["PYTHONPATH"] = ":".join(extra_path)
     library = facts.environment.shared_library_dir

@@ -337,6 +337,8 @@ def warm_up(shell: Shell) -> None:
 
 
 def _refuse_input() -> None:
+    """Let `input()` say at once that it gets no answer: kernels are built to ask a front end, and would wait for it."""
+
     def refuse(*_args: object, **_kwargs: object) -> str:
         raise StdinNotImplementedError(
             "nobody is there to answer input(): assign the value in code, or pass it in the session's environment"

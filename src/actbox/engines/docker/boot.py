@@ -113,7 +113,7 @@ def _bytecode(path: Path) -> bytes:
     """What this host's Python has compiled the file to, if it has; the guest looks whether its Python can use it."""
     try:
         data = Path(importlib.util.cache_from_source(str(path))).read_bytes()
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError):  # the latter: this interpreter names no cache, so it has none
         return b""
     status = path.stat()
     # PEP 552: flags 0, then the time and the size of the source that it was made of.

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 10.0
+_POLL_SECONDS = 0.05
+# What the engine answers to a removal: another one is under way, or over.
+_BEING_REMOVED = 409
+_NO_SUCH = 404
 _COMPLAINT = 16384
 STDERR = 2
 
@@ -126,15 +130,28 @@ async def remove(container: DockerContainer) -> None:
 
     Raises:
         aiodocker.DockerError: the engine cannot.
+        TimeoutError: somebody else's removal of it does not end.
     """
     try:
         await container.delete(force=True, v=True)
     except aiodocker.DockerError as exc:
-        if exc.status == 409:  # noqa: PLR2004 - it is being removed at this moment
-            with contextlib.suppress(aiodocker.DockerError):
-                await container.wait(condition="removed")
-        elif exc.status != 404:  # noqa: PLR2004 - it is gone
+        if exc.status == _BEING_REMOVED:
+            await _gone(container)
+        elif exc.status != _NO_SUCH:
             raise
+
+
+async def _gone(container: DockerContainer) -> None:
+    # The engine's own wait can miss a removal that ends while the wait begins.
+    async with asyncio.timeout(_CLOSE_SECONDS):
+        while True:
+            try:
+                await container.show()
+            except aiodocker.DockerError as exc:
+                if exc.status == _NO_SUCH:
+                    return
+                raise
+            await asyncio.sleep(_POLL_SECONDS)
 
 
 async def _until(closing: asyncio.Future[None]) -> None:

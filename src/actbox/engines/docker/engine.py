@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import aiodocker
 
-from actbox.engines.base import Boundary, Engine, Layer, Layout
+from actbox.engines.base import MATPLOTLIB, Boundary, Engine, Layer, Layout
 from actbox.engines.docker import daemon, images, owner, plan, reaper, staging
 from actbox.engines.docker.audit import audit
 from actbox.engines.docker.boundary import DockerBoundary, remove
@@ -35,11 +35,10 @@ if TYPE_CHECKING:
     from actbox.engines.docker.daemon import Daemon
     from actbox.spec import ContainerSpec
 
+logger = logging.getLogger(__name__)
+
 # Runtimes with a kernel of their own: a unix socket of this machine's cannot be reached through it.
 _OWN_KERNELS = ("runsc", "gvisor", "kata")
-
-
-logger = logging.getLogger(__name__)
 
 
 class _OutOfSight(Exception):
@@ -47,16 +46,20 @@ class _OutOfSight(Exception):
 
 
 class DockerEngine(Engine):
-    """See the module's text."""
+    """See the module's text. State: whether the containers of dead owners have been looked for."""
 
     name: ClassVar[str] = "docker"
+
+    def __init__(self) -> None:
+        self._reaped = False
 
     async def start(
         self, spec: ContainerSpec, *, nested: bool, key: str | None, progress: Callable[[str], None]
     ) -> Boundary:
         """See `Engine.start`."""
         found = await daemon.open_daemon()
-        start = _Start(found, spec, nested=nested, key=key)
+        reap, self._reaped = not self._reaped, True
+        start = _Start(found, spec, nested=nested, key=key, reap=reap)
         try:
             return await start.run(progress)
         except BaseException:
@@ -78,11 +81,12 @@ class _Start:
     which lives no longer than the start.
     """
 
-    def __init__(self, found: Daemon, spec: ContainerSpec, *, nested: bool, key: str | None) -> None:
+    def __init__(self, found: Daemon, spec: ContainerSpec, *, nested: bool, key: str | None, reap: bool) -> None:
         self._found = found
         self._spec = spec
         self._nested = nested
         self._key = key
+        self._reap = reap
         # By its name it can be removed though the answer to its creation never came.
         self._name = f"actbox-{secrets.token_hex(12)}"
         self._asked = False
@@ -93,7 +97,10 @@ class _Start:
     async def run(self, progress: Callable[[str], None]) -> Boundary:
         found, spec = self._found, self._spec
         _check_engine(found, spec)
-        image, _ = await asyncio.gather(images.ensure(found, spec.tag, progress), reaper.reap(found.docker))
+        if self._reap:
+            image, _ = await asyncio.gather(images.ensure(found, spec.tag, progress), reaper.reap(found.docker))
+        else:
+            image = await images.ensure(found, spec.tag, progress)
         own_kernel = spec.runtime is not None and any(name in spec.runtime for name in _OWN_KERNELS)
         facts = plan.Facts(
             image=image.id,
@@ -136,7 +143,7 @@ class _Start:
                 labels=owner.labels(self._spec.tag),
             )
             container = await self._create(made)
-            layout = Layout("", (), ((plan.WARM, plan.MATPLOTLIB),), held, self._nested)
+            layout = Layout("", (), ((plan.WARM, MATPLOTLIB),), held, self._nested)
             self._boundary = boundary = DockerBoundary(self._found.docker, container, layout)
             meeting = Meeting(boundary, container, self._spec.tag)
             await (meeting.by_stream() if meeting_place is None else meeting.by_socket(meeting_place))

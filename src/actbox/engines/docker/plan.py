@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from actbox.engines.base import VARIABLES
 from actbox.engines.docker import boot
 from actbox.engines.profile import docker_profile, to_json
 from actbox.spec import MIB
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from actbox.spec import ContainerSpec
 
 WARM = "/opt/actbox/matplotlib"
-MATPLOTLIB = "/tmp/.matplotlib"
 NEW_ROOT = "/newroot"
 # Of a container of many sessions: what all of them together may have, in sessions that use all they may.
 _SESSIONS = 64
@@ -34,16 +34,6 @@ _MEMORY_SHARE = 0.75
 # Docker's own list, less what lies in /proc: a fresh /proc can be mounted only where the old one is seen whole. Here no
 # process is root and none has a capability, and a session sees its fresh one alone.
 _MASKED_OUTSIDE_PROC = ("/sys/firmware", "/sys/devices/virtual/powercap")
-_ENV = {
-    "HOME": "/tmp",
-    "USER": "sandbox",
-    "LANG": "C.UTF-8",
-    "SHELL": "/bin/sh",
-    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    "MPLCONFIGDIR": MATPLOTLIB,
-    # One pool of two threads serves cells of two cores' worth; more only cost memory in each session.
-    "MALLOC_ARENA_MAX": "4",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +135,7 @@ def make_plan(
         # `-I`: nothing of the image's variables or the working directory is imported before the boundary stands.
         "Entrypoint": ["python3", "-I", "-B", "-c", boot.script(way, marks)],
         "Cmd": [],
-        "Env": [f"{name}={value}" for name, value in _ENV.items()],
+        "Env": [f"{name}={value}" for name, value in VARIABLES.items()],
         "User": facts.user,
         "WorkingDir": "/",
         "Hostname": "actbox",

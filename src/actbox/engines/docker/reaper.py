@@ -57,7 +57,7 @@ async def _remove_dead(docker: aiodocker.Docker) -> list[ContainerInfo]:
 
     async def end(container: DockerContainer) -> bool:
         async with turn:
-            with contextlib.suppress(aiodocker.DockerError):
+            with contextlib.suppress(aiodocker.DockerError, TimeoutError):
                 await remove(container)
                 return True
         return False
