@@ -1028,8 +1028,8 @@ def check_descriptors(found: list[dict[str, Any]]) -> None:
     by_number = {entry["fd"]: entry for entry in found}
     assert by_number[0]["link"] == "/dev/null"
     assert not any(stat.S_ISDIR(entry["kind"]) for entry in found)
-    # One stream to the host, and the two pipes behind standard output and error, both ends.
-    assert kinds(found) == ["device", "pipe", "pipe", "pipe", "pipe", "socket"]
+    # One stream to the host, one socket to the watcher, and the pipes behind standard output and error, both ends.
+    assert kinds(found) == ["device", "pipe", "pipe", "pipe", "pipe", "socket", "socket"]
     # A socket of the host's network could be disconnected and connected to anywhere from here.
     assert [(entry["family"], entry["name"]) for entry in found if "family" in entry] == [(socket.AF_UNIX, "")]
 

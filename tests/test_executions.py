@@ -815,10 +815,12 @@ os._exit(1)
 
 FIND_STREAM = """
 import json, os, socket, stat, struct
-def is_socket(fd):
-    try: return stat.S_ISSOCK(os.fstat(fd).st_mode)
+def is_stream(fd):
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode): return False
     except OSError: return False
-[fd] = [fd for fd in range(3, 256) if is_socket(fd)]
+    with socket.socket(fileno=os.dup(fd)) as copy: return copy.type == socket.SOCK_STREAM
+[fd] = [fd for fd in range(3, 256) if is_stream(fd)]
 stream = socket.socket(fileno=os.dup(fd))
 def frame(header, payload=b""):
     head = header if isinstance(header, bytes) else json.dumps(header).encode()

@@ -17,6 +17,7 @@ from actbox.engines import (
 from actbox.engines import known as environments
 from actbox.errors import (
     ActboxError,
+    CheckpointMissing,
     ConnectionError,
     DotenvError,
     EnvironmentBuildError,
@@ -26,6 +27,7 @@ from actbox.errors import (
     ExecutionInterrupted,
     ExecutionLost,
     ExecutionTimeout,
+    ForkRefused,
     InvalidArgument,
     InvalidKey,
     KernelDied,
@@ -35,6 +37,7 @@ from actbox.errors import (
     PortInUse,
     ProtocolError,
     SandboxUnavailable,
+    SessionBroken,
     StateError,
     TransferRefused,
     WorkspaceError,
@@ -46,6 +49,7 @@ from actbox.executor import (
     CodeExecutor,
     execution_environment,
 )
+from actbox.forks import Checkpoint
 from actbox.logger import Logger
 from actbox.network import Network
 from actbox.result import ExecutionResult, Image, Output
@@ -56,6 +60,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActboxError",
+    "Checkpoint",
+    "CheckpointMissing",
     "CodeExecutionContainer",
     "CodeExecutionEnvironment",
     "CodeExecutor",
@@ -73,6 +79,7 @@ __all__ = [
     "ExecutionLost",
     "ExecutionResult",
     "ExecutionTimeout",
+    "ForkRefused",
     "Image",
     "InvalidArgument",
     "InvalidKey",
@@ -88,6 +95,7 @@ __all__ = [
     "PortInUse",
     "ProtocolError",
     "SandboxUnavailable",
+    "SessionBroken",
     "StateError",
     "TransferRefused",
     "Workspace",

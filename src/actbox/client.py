@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import os
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from actbox import sessions
 from actbox.errors import (
+    CheckpointMissing,
     ConnectionError,
+    ExecutionTimeout,
+    ForkRefused,
     InvalidArgument,
+    LimitExceeded,
     ProtocolError,
     SandboxUnavailable,
+    SessionBroken,
     StateError,
 )
 from actbox.events import (
     Died,
+    Ended,
     Error,
     Exceeded,
     Failed,
@@ -31,6 +38,7 @@ from actbox.events import (
     TimedOut,
 )
 from actbox.execution import Execution, check_timeout
+from actbox.forks import Checkpoint, Checkpoints, Copy, Step, copy_of
 from actbox.protocol import frames, messages
 from actbox.sessions import read_overrun
 from actbox.shielded import finish
@@ -47,7 +55,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 DEFAULT_GRACE = 2.0
+DEFAULT_CHECKPOINTS = 32
+# Of one copy: the kernel may hold gigabytes, and the machine be busy.
+_COPY_SECONDS = 60.0
+_LONGEST = 1e9
 _MAX_CODE = 16 << 20
 # How long the end of a kernel that was killed, or closed its stream, may take to be known.
 _EXIT_SECONDS = 5.0
@@ -77,10 +90,15 @@ class ExecutionClient(FileTransfers):
             none: its stream ends with the kernel.
         token: the container's `token`; needed only in another process than the container's.
         interrupt_grace: seconds that an interrupted cell may take to end before its kernel is killed.
+        recover: keep a copy of the session after each cell that ends well, and go back to it when the kernel dies or
+            has to be killed; what went wrong then says which cell that was (`rolled_back_to`). It costs some
+            milliseconds a cell, and memory for what cells change.
+        max_checkpoints: how many checkpoints may be kept at one time; each is a process, see `Limits.pids`.
 
-    State: `_queue`, the executions to be run, the first one running; `_runner`, the task that runs them; `_session`,
-    the kernel, None before the first and after a death; `_deaths`, whether the next cell begins without its state;
-    `_stops`, why the running execution is being ended; `_cell`, the number of the last cell sent.
+    State: `_queue`, what is to be done, the first of it being done; `_runner`, the task that does it; `_session`,
+    the kernel, None before the first and after a death; `_lost_state`, whether the next cell begins without its state;
+    `_stops`, why the running execution is being ended; `_cell`, the number of the last request sent; `_is_branch`,
+    whether it was connected from the beginning.
     """
 
     def __init__(
@@ -91,27 +109,31 @@ class ExecutionClient(FileTransfers):
         *,
         token: str | None = None,
         interrupt_grace: float = DEFAULT_GRACE,
+        recover: bool = False,
+        max_checkpoints: int = DEFAULT_CHECKPOINTS,
     ) -> None:
         if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16:
             raise InvalidArgument("port", port, "pass the port of a running container")
         check_timeout(heartbeat_interval)
         check_timeout(interrupt_grace)
+        if isinstance(max_checkpoints, bool) or not isinstance(max_checkpoints, int) or max_checkpoints < 0:
+            raise InvalidArgument("max_checkpoints", max_checkpoints, "pass a whole number of at least 0")
         self.port = port
         self.host = host
         self._heartbeat = heartbeat_interval
         self._token = token
         self._grace = interrupt_grace
-        self._session: Session | None = None
+        self._recovers = recover
+        self._max_checkpoints = max_checkpoints
         self._connected = False
         self._lost_state = False
-        self._queue: deque[Execution] = deque()
-        self._runner: asyncio.Task[None] | None = None
-        self._stops: dict[int, _Stop] = {}
-        self._running_cell = 0
-        self._cell = 0
+        self._session: Session | None
+        self._begin()
 
     async def __aenter__(self) -> Self:
-        await self.connect()
+        if not self._is_branch:
+            await self.connect()
+        self._is_branch = False
         return self
 
     async def __aexit__(
@@ -150,8 +172,13 @@ class ExecutionClient(FileTransfers):
             await asyncio.wait([runner])
         if session is not None:
             await session.close()
+        await self._checkpoints.close()
         while self._queue:
-            self._queue.popleft().end(Lost("the client was disconnected"))
+            waiting = self._queue.popleft()
+            if isinstance(waiting, Step):
+                waiting.abandon()
+            else:
+                waiting.end(Lost("the client was disconnected"))
 
     async def execute(self, code: str, timeout: float = 120) -> ExecutionResult:
         """Run a cell and wait for its result; arguments and errors are those of `submit` and `Execution.result`."""
@@ -185,9 +212,174 @@ class ExecutionClient(FileTransfers):
 
     def _enqueue(self, execution: Execution) -> Execution:
         self._queue.append(execution)
+        self._start_runner()
+        return execution
+
+    def _start_runner(self) -> None:
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run_queue())
-        return execution
+
+    # -- copies --------------------------------------------------------------------------------------------------
+
+    async def fork(self, *, force: bool = False, timeout: float = 120) -> Self:
+        """Copy the session, in its turn behind the cells submitted before.
+
+        The copy has every variable and import, in the same memory until one of the two writes; from then on both go on
+        by themselves, with clients of their own. The copy is connected: leave its context, or `disconnect` it, to end
+        it; it does not end with this one. What is random in Python and NumPy by itself differs between the two; a
+        generator that a cell has made is a variable like others. Folders, `/tmp`, open files with their positions,
+        and processes are shared: the two are not protected from each other, and `Limits` bound them together.
+
+        Args:
+            force: copy all the same if there are threads, asyncio tasks or running subprocesses, which the copy will
+                not have.
+            timeout: seconds, the time behind cells submitted before included.
+
+        Raises:
+            ForkRefused: a copy would miss something, which is named.
+            LimitExceeded: one of the session's limits (`pids`, `memory`) does not allow it.
+            SessionBroken: the kernel did not answer as it must; its state is lost.
+            ExecutionTimeout: it was not this request's turn in time.
+            InvalidArgument, StateError: as of `submit`.
+        """
+        return await self._do(timeout, lambda: self._fork(force=force))
+
+    async def _fork(self, *, force: bool) -> Self:
+        made = await self._copy(force=force)
+        return self._twin(made.session)
+
+    def _twin(self, session: Session) -> Self:
+        """A client like this one, of another session."""
+        made = copy.copy(self)
+        made._begin(session)  # noqa: SLF001 - one of its own kind
+        return made
+
+    def _begin(self, session: Session | None = None) -> None:
+        self._session = session
+        self._is_branch = session is not None
+        self._queue: deque[Execution | Step] = deque()
+        self._runner: asyncio.Task[None] | None = None
+        self._stops: dict[int, _Stop] = {}
+        self._running_cell = 0
+        self._cell = 0
+        self._checkpoints = Checkpoints(self._max_checkpoints)
+
+    async def checkpoint(self, name: str, *, force: bool = False, timeout: float = 120) -> Checkpoint:
+        """Keep the session as it is now, for `rollback`; in its turn, and at the price of a `fork`.
+
+        Args:
+            name: 1 to 100 printable characters; an older checkpoint of the same name is replaced.
+            force: see `fork`, as are `timeout` and the errors.
+            timeout: see there.
+
+        Raises:
+            StateError: there are `max_checkpoints` already.
+        """
+        self._checkpoints.check_name(name)
+        return await self._do(timeout, lambda: self._keep(name, force=force))
+
+    async def _keep(self, name: str, *, force: bool) -> Checkpoint:
+        self._checkpoints.check_name(name)
+        return await self._checkpoints.keep(name, await self._copy(force=force))
+
+    async def rollback(self, name: str, *, timeout: float = 120) -> Checkpoint:
+        """Go back to a checkpoint, whatever has become of the session since; in its turn behind cells submitted before.
+
+        The session is then a copy of the checkpoint, which can be gone back to again. Files are as they are now.
+
+        Raises:
+            CheckpointMissing: (a `KeyError`) there is none of this name, or its process is gone; nothing has changed.
+            LimitExceeded: one of the session's limits (`pids`, `memory`) does not allow it; nothing has changed.
+            ExecutionTimeout, InvalidArgument, StateError: as of `fork`.
+        """
+        self._checkpoints.find(name)
+        return await self._do(timeout, lambda: self._go_back(name))
+
+    async def _go_back(self, name: str) -> Checkpoint:
+        parked = self._checkpoints.find(name)
+        await self._replace_session(await self._checkpoints.wake(parked))
+        return parked.checkpoint
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints that can be gone back to, the oldest first."""
+        kept = [parked.checkpoint for parked in self._checkpoints.parked.values() if not parked.session.ended]
+        return sorted(kept, key=lambda checkpoint: checkpoint.created)
+
+    async def discard(self, name: str) -> None:
+        """Let a checkpoint go. Raises `CheckpointMissing`."""
+        await self._checkpoints.discard(name)
+
+    async def _copy(self, *, force: bool) -> Copy:
+        try:
+            session = await self._live_session()
+        except (ConnectionError, SandboxUnavailable, ProtocolError) as exc:
+            raise SessionBroken(f"no kernel could be had ({exc})") from exc
+        self._cell += 1
+        try:
+            return await copy_of(session, self._cell, force=force, timeout=_COPY_SECONDS)
+        except SessionBroken:
+            await self._drop(session)
+            await self._go_back_to_good()
+            raise
+
+    async def _replace_session(self, found: Copy) -> None:
+        older, self._session = self._session, found.session
+        self._lost_state = False
+        self._cell = 0
+        if older is not None:
+            await finish(older.close())
+
+    async def _keep_good(self) -> None:
+        """Keep the session as the last good state; what cannot be copied is gone back behind."""
+        session = self._session
+        if session is None or session.ended:
+            return
+        self._cell += 1
+        try:
+            await self._checkpoints.keep_good(await copy_of(session, self._cell, force=False, timeout=_COPY_SECONDS))
+        except (ForkRefused, LimitExceeded) as exc:
+            logger.info("the session's state was not kept: %s", exc)
+        except SessionBroken:
+            await self._drop(session)
+            await self._go_back_to_good()
+
+    async def _go_back_to_good(self) -> int | None:
+        """Take up the last good state; the number of its cell, None if there is none to be had."""
+        good = self._checkpoints.good
+        if good is None or not self._connected:
+            return None
+        try:
+            await self._replace_session(await self._checkpoints.wake(good))
+        except (CheckpointMissing, LimitExceeded) as exc:
+            logger.warning("the last good state is lost too: %s", exc)
+            return None
+        return good.checkpoint.cell
+
+    async def _do(self, timeout: float, work: Callable[[], Awaitable[T]]) -> T:
+        """Have something done in turn with the executions. Once it has begun it is done to its end."""
+        check_timeout(timeout)
+        self.check_connected()
+        step = Step(work)
+        self._queue.append(step)
+        self._start_runner()
+        try:
+            await asyncio.wait([step.done], timeout=min(timeout, _LONGEST))
+            if not step.begun and not step.done.done():
+                self._queue.remove(step)
+                raise ExecutionTimeout(timeout, state_kept=True, started=False, what="request")
+            return await asyncio.shield(step.done)
+        except asyncio.CancelledError:
+            await finish(self._undo(step))
+            raise
+
+    async def _undo(self, step: Step) -> None:
+        """Nobody wants what a step makes any more."""
+        if not step.begun and step in self._queue:
+            self._queue.remove(step)
+            return
+        await asyncio.wait([step.done])
+        if step.done.exception() is None and isinstance(step.done.result(), ExecutionClient):
+            await step.done.result().disconnect()
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 
@@ -213,9 +405,16 @@ class ExecutionClient(FileTransfers):
     async def _run_queue(self) -> None:
         while self._queue:
             execution = self._queue[0]
+            if isinstance(execution, Step):
+                try:
+                    await execution.run()
+                finally:
+                    if self._queue and self._queue[0] is execution:
+                        self._queue.popleft()
+                continue
             outcome: Outcome = Lost("the client was disconnected")
             try:
-                outcome = await self._run(execution)
+                outcome = await self._recovered(await self._run(execution))
             except Exception as exc:
                 logger.exception("a cell could not be followed")
                 outcome = Lost(f"actbox failed ({exc!r})")
@@ -234,6 +433,16 @@ class ExecutionClient(FileTransfers):
             except Exception:
                 # A note that cannot be taken is no reason to let the cells behind wait for ever.
                 logger.exception("an execution's end could not be noted")
+            if self._recovers and isinstance(outcome, Finished) and execution.transfer is None:
+                await self._keep_good()
+
+    async def _recovered(self, outcome: Outcome) -> Outcome:
+        """The outcome, and if it cost the state and that could be had back, said so."""
+        if isinstance(outcome, Ended) and self._session is None:
+            number = await self._go_back_to_good()
+            if number is not None:
+                return replace(outcome, rolled_back_to=number)
+        return outcome
 
     async def _run(self, execution: Execution) -> Outcome:
         for attempt in range(2):

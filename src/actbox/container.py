@@ -22,6 +22,7 @@ from actbox.errors import (
     StateError,
     WorkspaceError,
 )
+from actbox.family import Family
 from actbox.gateway import Gateway
 from actbox.local_session import LocalSession
 from actbox.network import Network
@@ -316,16 +317,10 @@ class ExecutionContainer:
             boundary, supervision = None, self._supervision
             if supervision is None:
                 raise ConnectionError("the container is gone")
-        session = LocalSession(
-            self._spec.limits,
-            supervision,
-            boundary,
-            self._disk_watch(key),
-            self._way_out(),
-            self._make_group(),
-            self._sessions.discard,
+        family = Family(
+            self._spec.limits, supervision, boundary, self._disk_watch(key), self._way_out(), self._make_group()
         )
-        self._sessions.add(session)
+        session = LocalSession(family, 0, self._sessions.add, self._sessions.discard)
         try:
             await session.start(self._session_config(key))
         except BaseException:

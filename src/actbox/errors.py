@@ -219,11 +219,44 @@ class TransferRefused(ActboxError):
         super().__init__(f"{shown(path)} was not transferred: {reason}")
 
 
+class ForkRefused(ActboxError):
+    """The kernel was not copied; the session goes on as it was.
+
+    `reason` says why: threads, asyncio tasks or running subprocesses that a copy would not have, each by its name, or
+    what the system refused. It may quote the guest.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"the session was not forked: {reason}")
+
+
+class CheckpointMissing(ActboxError, KeyError):
+    """There is no checkpoint to go back to, or no more: `name` and `reason` say which and why. The session goes on."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self.reason = reason
+        super().__init__(f"the checkpoint {shown(name)} cannot be had: {reason}")
+
+    def __str__(self) -> str:
+        # A KeyError shows its message in quotes.
+        return str(self.args[0])
+
+
+class SessionBroken(ActboxError):
+    """The kernel did not do what kernels do when it was to be copied: it was ended, and the session's state is lost.
+
+    Where a state to go back to is kept (`recover=True`), the session has gone back to it.
+    """
+
+
 class ExecutionTimeout(ActboxError, builtins.TimeoutError):
     """A cell, or a transfer (then `what` says so), did not end in time.
 
     `timeout` is the time allowed in seconds; `state_kept` is True if an interrupt ended the cell (or it had not begun)
-    and the session goes on, False if the kernel had to be killed; `text` is the output until then.
+    and the session goes on, False if the kernel had to be killed; `text` is the output until then. `rolled_back_to` is
+    as of `ExecutionError`.
     """
 
     def __init__(
@@ -234,8 +267,10 @@ class ExecutionTimeout(ActboxError, builtins.TimeoutError):
         text: str | None = None,
         started: bool = True,
         what: str = "cell",
+        rolled_back_to: int | None = None,
     ) -> None:
         self.timeout = timeout
+        self.rolled_back_to = rolled_back_to
         self.what = what
         self.state_kept = state_kept
         self.started = started
@@ -245,7 +280,7 @@ class ExecutionTimeout(ActboxError, builtins.TimeoutError):
         elif state_kept:
             fate = "it was interrupted; the session's state is kept"
         else:
-            fate = "it ignored the interrupt, so the kernel was killed; the session's state is lost"
+            fate = f"it ignored the interrupt, so the kernel was killed; {_fate(rolled_back_to)}"
         super().__init__(f"the {what} did not end within {timeout:g} s: {fate}")
 
 
@@ -257,10 +292,12 @@ class ExecutionError(ActboxError):
         trace: the traceback without colours, None if there is none.
 
     Fields: `name` and `value` of the user's exception, `colored_trace` (the traceback with ANSI colours), `text` (the
-    output before the end, None if none), `state_kept` (whether the session's variables survive).
+    output before the end, None if none), `state_kept` (whether the session's variables survive), `rolled_back_to` (the
+    number of the cell after which the session was as it is again, if it went back by itself).
     """
 
     state_kept = True
+    rolled_back_to: int | None = None
 
     def __init__(
         self,
@@ -300,13 +337,15 @@ class LimitExceeded(ExecutionError):
         name: str | None = None,
         value: str | None = None,
         text: str | None = None,
+        rolled_back_to: int | None = None,
     ) -> None:
+        self.rolled_back_to = rolled_back_to
         self.limit = limit
         self.bound = bound
         self.use = use
         self.state_kept = state_kept
         got = f"{name}: {value}; " if name and value else f"{name}; " if name else ""
-        fate = "the session's state is kept" if state_kept else "the kernel was killed; the session's state is lost"
+        fate = "the session's state is kept" if state_kept else f"the kernel was killed; {_fate(rolled_back_to)}"
         message = f"{got}over the limit {limit} of {amount(limit, bound)}, with {amount(limit, use)} in use: {fate}"
         super().__init__(message, trace, name=name, value=value, text=text)
 
@@ -327,15 +366,22 @@ class ExecutionInterrupted(ExecutionError):
     """
 
     def __init__(
-        self, *, state_kept: bool, trace: str | None = None, text: str | None = None, what: str = "cell"
+        self,
+        *,
+        state_kept: bool,
+        trace: str | None = None,
+        text: str | None = None,
+        what: str = "cell",
+        rolled_back_to: int | None = None,
     ) -> None:
         self.state_kept = state_kept
-        fate = "the session's state is kept" if state_kept else "the kernel had to be killed; its state is lost"
+        self.rolled_back_to = rolled_back_to
+        fate = "the session's state is kept" if state_kept else f"the kernel had to be killed; {_fate(rolled_back_to)}"
         super().__init__(f"the {what} was interrupted: {fate}", trace, name="KeyboardInterrupt", value="", text=text)
 
 
 class KernelDied(ExecutionError):
-    """The kernel's process ended while the cell ran. The next cell finds a fresh kernel.
+    """The kernel's process ended while the cell ran. The next cell finds a fresh kernel, or an earlier state.
 
     `signal` is the signal's number or None, `exit_code` the exit code or None, `memory_limit` the session's memory
     limit in bytes when the death looks like running out of memory, else None.
@@ -351,7 +397,9 @@ class KernelDied(ExecutionError):
         reason: str | None = None,
         memory_limit: int | None = None,
         text: str | None = None,
+        rolled_back_to: int | None = None,
     ) -> None:
+        self.rolled_back_to = rolled_back_to
         self.signal = signal
         self.exit_code = exit_code
         self.memory_limit = memory_limit
@@ -362,7 +410,13 @@ class KernelDied(ExecutionError):
         if memory_limit is not None:
             reason += f", likely out of memory (limit {memory_limit >> 20} MiB)"
         self.reason = reason
-        super().__init__(f"the kernel died: {reason}; the session's state is lost", text=text)
+        super().__init__(f"the kernel died: {reason}; {_fate(rolled_back_to)}", text=text)
+
+
+def _fate(rolled_back_to: int | None) -> str:
+    if rolled_back_to is None:
+        return "the session's state is lost"
+    return f"the session went back to its state after cell {rolled_back_to}"
 
 
 def signal_name(number: int) -> str:

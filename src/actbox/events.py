@@ -97,6 +97,7 @@ class Interrupted:
     state_kept: bool
     error: Error | None = None
     started: bool = True
+    rolled_back_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class TimedOut:
     timeout: float
     state_kept: bool
     started: bool = True
+    rolled_back_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ class Died:
     exit_code: int | None = None
     reason: str | None = None
     memory_limit: int | None = None
+    rolled_back_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,7 @@ class Exceeded:
     overrun: Overrun
     state_kept: bool
     error: Error | None = None
+    rolled_back_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,5 +151,8 @@ class Lost:
     reason: str
     violation: bool = False
 
+
+Ended = Interrupted | TimedOut | Died | Exceeded
+"""How a cell ends that may cost the state; `rolled_back_to` is the cell whose state is back then, if it did."""
 
 Outcome = Finished | Failed | Interrupted | TimedOut | Exceeded | Died | Lost

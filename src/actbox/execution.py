@@ -388,12 +388,16 @@ class Execution:
                     colored_trace=error.traceback,
                     text=result.text,
                 )
-            case Interrupted(state_kept, error):
+            case Interrupted(state_kept, error, _, back):
                 trace = strip_ansi(error.traceback) if error else None
-                raise ExecutionInterrupted(state_kept=state_kept, trace=trace, text=result.text, what=what)
-            case TimedOut(timeout, state_kept, started):
-                raise ExecutionTimeout(timeout, state_kept=state_kept, started=started, text=result.text, what=what)
-            case Exceeded(overrun, state_kept, error):
+                raise ExecutionInterrupted(
+                    state_kept=state_kept, trace=trace, text=result.text, what=what, rolled_back_to=back
+                )
+            case TimedOut(timeout, state_kept, started, back):
+                raise ExecutionTimeout(
+                    timeout, state_kept=state_kept, started=started, text=result.text, what=what, rolled_back_to=back
+                )
+            case Exceeded(overrun, state_kept, error, back):
                 raise LimitExceeded(
                     overrun.limit,
                     overrun.bound,
@@ -403,10 +407,16 @@ class Execution:
                     name=error.name if error else None,
                     value=error.value if error else None,
                     text=result.text,
+                    rolled_back_to=back,
                 )
-            case Died(signal, exit_code, reason, memory_limit):
+            case Died(signal, exit_code, reason, memory_limit, back):
                 raise KernelDied(
-                    signal=signal, exit_code=exit_code, reason=reason, memory_limit=memory_limit, text=result.text
+                    signal=signal,
+                    exit_code=exit_code,
+                    reason=reason,
+                    memory_limit=memory_limit,
+                    text=result.text,
+                    rolled_back_to=back,
                 )
             case Lost(reason, violation):
                 if violation:

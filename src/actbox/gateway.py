@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import secrets
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actbox.errors import ActboxError, ProtocolError
+from actbox.errors import ActboxError, ConnectionError, ProtocolError
 from actbox.link import Link
 from actbox.protocol import frames
 from actbox.sessions import Door, Exit
@@ -33,7 +34,8 @@ _HELLO_SECONDS = 5.0
 _HELLO_PAYLOAD = 4096
 _MAX_STRANGERS = 64
 # What a gateway says itself; a kernel that says it lies.
-_GATEWAY_TYPES = frozenset({"welcome", "refused", "exited", "pong", "overrun"})
+_GATEWAY_TYPES = frozenset({"welcome", "refused", "exited", "pong", "overrun", "branch"})
+_TICKET_SECONDS = 30.0
 _EXIT_SECONDS = 5.0
 _MAX_CELL = 1 << 53
 
@@ -48,7 +50,8 @@ class _TokenDoor(Door, Protocol):
 class Gateway:
     """See the module's text.
 
-    State: the server; `_guests`, the task of each connection; `_strangers`, how many have not shown the token yet.
+    State: the server; `_guests`, the task of each connection; `_strangers`, how many have not shown the token yet;
+    `_tickets`, sessions that are being forked, each to be fetched by a connection of its own.
     """
 
     def __init__(self, listener: socket.socket, door: _TokenDoor) -> None:
@@ -58,6 +61,8 @@ class Gateway:
         self._accepting: asyncio.Task[None] | None = None
         self._guests: set[asyncio.Task[None]] = set()
         self._strangers = 0
+        self._tickets: dict[str, Session] = {}
+        self._lapsing: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Accept connections from now on."""
@@ -65,7 +70,7 @@ class Gateway:
 
     async def close(self) -> None:
         """Close the port and every connection."""
-        tasks = [*self._guests, *([self._accepting] if self._accepting else [])]
+        tasks = [*self._guests, *self._lapsing, *([self._accepting] if self._accepting else [])]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -106,9 +111,8 @@ class Gateway:
                 await link.close_gracefully()
                 return
             link.allow(frames.MAX_PAYLOAD)
-            key = hello.header.get("key")
             try:
-                session = await self._door.open_session(key)
+                session = await self._session_for(hello.header)
             except ActboxError as exc:
                 await link.send({"type": "refused", "reason": str(exc)[:2000]})
                 await link.close_gracefully()
@@ -122,6 +126,37 @@ class Gateway:
                 self._strangers -= 1
             link.close()
 
+    async def _session_for(self, hello: dict[str, Any]) -> Session:
+        ticket = hello.get("ticket")
+        if ticket is None:
+            return await self._door.open_session(hello.get("key"))
+        session = self._tickets.pop(ticket, None) if isinstance(ticket, str) else None
+        if session is None:
+            raise ConnectionError("the ticket is for no session")
+        return session
+
+    async def _issue_ticket(self, session: Session) -> dict[str, Any]:
+        """Have a session made for a kernel to be forked; what its client is told."""
+        try:
+            branch = await session.branch()
+        except OSError as exc:
+            return {"type": "branch", "reason": str(exc)[:300]}
+        ticket = secrets.token_urlsafe(32)
+        self._tickets[ticket] = branch
+        lapsing = asyncio.create_task(self._let_lapse(ticket))
+        self._lapsing.add(lapsing)
+        lapsing.add_done_callback(self._lapsing.discard)
+        return {"type": "branch", "ticket": ticket, "slot": branch.slot}
+
+    async def _let_lapse(self, ticket: str) -> None:
+        """Close the session of a ticket that nobody shows."""
+        try:
+            await asyncio.sleep(_TICKET_SECONDS)
+        finally:
+            session = self._tickets.pop(ticket, None)
+            if session is not None:
+                await session.close()
+
     def _admits(self, hello: Frame) -> bool:
         token = hello.header.get("token")
         if hello.header.get("type") != "hello" or not isinstance(token, str):
@@ -133,7 +168,7 @@ class Gateway:
             await link.send({"type": "welcome", "limits": asdict(session.limits)})
             session.on_overrun = _telling(link)
             outward = asyncio.create_task(_outward(session, link))
-            inward = asyncio.create_task(_inward(link, session))
+            inward = asyncio.create_task(self._inward(link, session))
             try:
                 await asyncio.wait({outward, inward}, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -144,6 +179,26 @@ class Gateway:
         finally:
             await session.close()
         await link.close_gracefully()
+
+    async def _inward(self, link: Link, session: Session) -> None:
+        """What the client says: cells and transfers for the kernel, orders for us."""
+        while (frame := await link.receive()) is not None:
+            header = frame.header
+            match header:
+                case {"type": "execute" | "download" | "upload" | "delete" | "archive" | "archive_end" | "fork"}:
+                    # A kernel that died meanwhile is told of by the other direction.
+                    with contextlib.suppress(OSError):
+                        await session.send(header, frame.payload)
+                case {"type": "interrupt", "cell": int(cell)} if 0 < cell < _MAX_CELL:
+                    session.interrupt(cell)
+                case {"type": "kill"}:
+                    session.kill()
+                case {"type": "branch"}:
+                    await link.send(await self._issue_ticket(session))
+                case {"type": "ping"}:
+                    await link.send({"type": "pong"})
+                case _:
+                    return
 
 
 def _telling(link: Link) -> Callable[[Overrun], None]:
@@ -161,25 +216,6 @@ def _telling(link: Link) -> Callable[[Overrun], None]:
 async def _try_to_send(link: Link, header: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         await link.send(header)
-
-
-async def _inward(link: Link, session: Session) -> None:
-    """What the client says: cells and transfers for the kernel, orders for us."""
-    while (frame := await link.receive()) is not None:
-        header = frame.header
-        match header:
-            case {"type": "execute" | "download" | "upload" | "delete" | "archive" | "archive_end"}:
-                # A kernel that died meanwhile is told of by the other direction.
-                with contextlib.suppress(OSError):
-                    await session.send(header, frame.payload)
-            case {"type": "interrupt", "cell": int(cell)} if 0 < cell < _MAX_CELL:
-                session.interrupt(cell)
-            case {"type": "kill"}:
-                session.kill()
-            case {"type": "ping"}:
-                await link.send({"type": "pong"})
-            case _:
-                return
 
 
 async def _outward(session: Session, link: Link) -> None:

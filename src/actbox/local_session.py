@@ -14,26 +14,21 @@ import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from actbox import cgroups, sessions
+from actbox import sessions
+from actbox.errors import ConnectionError
 from actbox.events import Overrun
 from actbox.link import Link
 from actbox.sessions import Exit, read_overrun
-from actbox.shielded import finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from actbox.engines.base import Boundary
+    from actbox.family import Family
     from actbox.protocol.frames import Frame
-    from actbox.spec import Limits
-    from actbox.supervision import Supervision
-    from actbox.usage import DiskWatch
-    from actbox.way_out import WayOut
 
 logger = logging.getLogger(__name__)
 
 _EXIT_SECONDS = 5.0
-_LOOK_SECONDS = 1.0
 # The longest pause of the watcher inside, and then some.
 _EXCUSE_SECONDS = 3.0
 # struct ucred, unix(7): pid, uid, gid of who sent a datagram, as this process's namespaces know them.
@@ -44,75 +39,65 @@ _SUDDEN_SECONDS = 0.05
 
 
 class LocalSession:
-    """A session of a container in this process: two sockets, one straight to the kernel and one to its watcher.
+    """A session of a container in this process: two sockets, one straight to a kernel and one to its watcher.
 
-    State: `_link` to the kernel; `_watch` to the watcher; `_configured`, whether it was told what to be; `_at_work`,
-    whether the kernel owes a reply; `_told`, the limit that its cell was ended for, and `_excused`, that of a cell that
-    has ended, and until when; `_killed`, whether that was ordered, and `_gone`, whether the container is being closed;
-    `_exit`, set once; in a sandbox of its own also that sandbox, closed with the session.
+    Args:
+        family: what its kernel shares with those that it forks; joined by this, and left by `close`.
+        slot: its kernel's number there; 0 for the first.
+        remember, forget: told of it now, and when all is over.
+
+    State: `_link` to the kernel; `_watch` to the watcher; `_configured`, whether the kernel was told what to be, or is
+    there; `at_work`, whether the kernel owes a reply; `_told`, the limit that its cell was ended for, and `_excused`,
+    that of a cell that has ended, and until when; `_killed`, whether that was ordered, and `_gone`, whether the
+    container is being closed; `_exit`, set once.
     """
 
     def __init__(
         self,
-        limits: Limits,
-        supervision: Supervision,
-        boundary: Boundary | None,
-        disk: DiskWatch | None,
-        way_out: WayOut | None,
-        group: cgroups.Group | None,
+        family: Family,
+        slot: int,
+        remember: Callable[[LocalSession], None],
         forget: Callable[[LocalSession], None],
     ) -> None:
-        self.limits = limits
-        self._supervision = supervision
-        self._own_boundary = boundary
+        self.limits = family.limits
+        self.slot = slot
+        self.at_work = False
+        self._family = family
+        self._remember = remember
         self._forget = forget
         self._loop = asyncio.get_running_loop()
         self.on_overrun: Callable[[Overrun], None] | None = None
-        self._group = group
         self._grouped: asyncio.Future[None] = self._loop.create_future()
-        self._disk = disk
-        self._way_out = way_out
-        self._looking: asyncio.Task[None] | None = None
         self._overrun: Overrun | None = None
         self._link: Link | None = None
         self._watch: socket.socket | None = None
-        self._closing: asyncio.Task[None] | None = None
         self._configured = False
-        self._at_work = False
         self._told: str | None = None
         self._excused = ("", 0.0)
-        self._memory_kills = 0
         self._killed = False
         self._gone = False
         self._exit: Exit | None = None
         self._exited = asyncio.Event()
         self._oom_kills = oom_kills()
+        self._memory_kills = family.group.memory_kills() if family.group is not None else 0
+        family.members.add(self)
+        remember(self)
 
     async def start(self, config: dict[str, Any]) -> None:
-        """Have the kernel forked, and wait until it is ready."""
-        stream, their_stream = socket.socketpair()
-        watch, their_watch = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if self._group is not None:
-            # Before anybody can speak on it: what is said earlier comes without its sender.
-            watch.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        with their_stream, their_watch:
-            try:
-                asking = () if self._way_out is None else (self._way_out.theirs,)
-                self._supervision.ask_session(their_stream, their_watch, *asking)
-                for sock in asking:
-                    sock.close()
-            except BaseException:
-                stream.close()
-                watch.close()
-                raise
-        watch.setblocking(False)
-        self._watch = watch
-        self._loop.add_reader(watch, self._hear)
-        if self._disk is not None or self._group is not None:
-            # From before the first cell: what the folder holds then is none of the session's doing.
-            self._looking = asyncio.create_task(self._look_after())
+        """Have the first kernel made, and wait until it is ready."""
+        family = self._family
+        asking = () if family.way_out is None else (family.way_out.theirs,)
+        # Before anybody can speak on it: what is said earlier comes without its sender.
+        stream = self._open_sockets(
+            lambda *theirs: family.supervision.ask_session(family.number, *theirs, *asking),
+            with_sender=family.group is not None,
+        )
+        for sock in asking:
+            sock.close()
+        # From before the first cell: what the folder holds then is none of the session's doing.
+        family.begin_looking()
         self._link = await Link.over(stream)
-        if self._group is not None:
+        if family.group is not None:
             # Nothing of the guest's own runs before it has read its configuration.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_EXIT_SECONDS):
@@ -121,6 +106,46 @@ class LocalSession:
             await self._link.send({"type": "start"}, json.dumps(config).encode())
         self._configured = True
         await sessions.wait_ready(self._link.receive, self._how_it_ended)
+
+    async def branch(self) -> LocalSession:
+        """See `Session.branch`."""
+        family = self._family
+        if self.ended:
+            raise ConnectionError("the kernel is gone")
+        made = LocalSession(family, family.new_slot(), self._remember, self._forget)
+        try:
+            stream = made._open_sockets(
+                lambda *theirs: family.supervision.ask_fork(family.number, self.slot, made.slot, *theirs)
+            )
+            made._link = await Link.over(stream)
+        except BaseException:
+            await made.close()
+            raise
+        return made
+
+    async def ready(self) -> None:
+        """See `Session.ready`."""
+        assert self._link is not None  # noqa: S101 - `branch` made it
+        await sessions.wait_ready(self._link.receive, self._how_it_ended)
+        self._configured = True
+
+    def _open_sockets(self, ask: Callable[..., None], *, with_sender: bool = False) -> socket.socket:
+        """Make the two sockets, and pass their other ends by `ask`; our end of the stream."""
+        stream, their_stream = socket.socketpair()
+        watch, their_watch = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if with_sender:
+            watch.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        with their_stream, their_watch:
+            try:
+                ask(their_stream, their_watch)
+            except BaseException:
+                stream.close()
+                watch.close()
+                raise
+        watch.setblocking(False)
+        self._watch = watch
+        self._loop.add_reader(watch, self._hear)
+        return stream
 
     async def _how_it_ended(self) -> str:
         exit_ = await self.exited(_EXIT_SECONDS / 5)
@@ -131,13 +156,15 @@ class LocalSession:
     async def receive(self) -> Frame | None:
         frame = await self._link.receive() if self._link is not None else None
         if frame is not None and frame.header.get("type") == "execute_reply":
-            self._note_kills()
-            self._at_work = False
+            overrun = self._family.kills()
+            if overrun is not None:
+                self.pass_on(overrun)
+            self.at_work = False
             if self._told in ("disk", "files"):
                 # What the cell took before it ended may be found out only now, and another cell is not to blame.
                 self._excused = self._told, self._loop.time() + _EXCUSE_SECONDS
-                if self._disk is not None:
-                    self._disk.excuse()
+                if self._family.disk is not None:
+                    self._family.disk.excuse()
             self._told = None
         return frame
 
@@ -147,7 +174,7 @@ class LocalSession:
         if header.get("type") == "execute" and self.limits.cpu is not None:
             self._order({"op": "cell"})
         # Pieces of an upload may come behind the reply that has ended it.
-        self._at_work = self._at_work or header.get("type") not in ("archive", "archive_end")
+        self.at_work = self.at_work or header.get("type") not in ("archive", "archive_end")
         await self._link.send(header, payload)
 
     @property
@@ -160,41 +187,19 @@ class LocalSession:
     def kill(self) -> None:
         self._killed = True
         self._order({"op": "kill"})
-        self._end_sandbox()
+        self._family.end()
 
     def _order(self, order: dict[str, Any]) -> None:
         if self._watch is not None:
             with contextlib.suppress(OSError):
                 self._watch.send(json.dumps(order).encode())
 
-    def _end_sandbox(self) -> None:
-        """In a sandbox of its own the kernel may have killed or stopped its watcher: the whole sandbox is ended."""
-        if self._own_boundary is not None and self._closing is None:
-            self._supervision.stop()
-            self._closing = asyncio.ensure_future(self._own_boundary.close())
-
-    async def _look_after(self) -> None:
-        """Look at what the watcher inside does not see: the private folder, and whom the system has killed."""
-        while self._exit is None:
-            overrun = await self._disk.look() if self._disk is not None else None
-            if overrun is not None:
-                self._pass_on(overrun)
-            self._note_kills()
-            await asyncio.sleep(self._disk.pause if self._disk is not None else _LOOK_SECONDS)
-
-    def _note_kills(self) -> None:
-        """The system may have killed some of the session's processes for their memory, and left the kernel alone."""
-        kills = self._group.memory_kills() if self._group is not None else 0
-        if self._group is not None and kills > self._memory_kills:
-            self._memory_kills = kills
-            self._pass_on(Overrun("memory", self.limits.memory, self._group.peak()))
-
-    def _pass_on(self, overrun: Overrun) -> None:
+    def pass_on(self, overrun: Overrun) -> None:
         """Have the cell ended that went over a limit; without one, the session."""
         excused, until = self._excused
         if overrun.limit == excused and self._loop.time() < until:
             self._excused = ("", 0.0)
-        elif self._at_work and self.on_overrun is not None:
+        elif self.at_work and self.on_overrun is not None:
             self._told = overrun.limit
             self.on_overrun(overrun)
         else:
@@ -209,24 +214,18 @@ class LocalSession:
 
     async def close(self) -> None:
         if not self._configured and self._link is not None:
-            # The watcher waits for its configuration and heeds nothing else: the end of the stream ends it.
+            # The watcher waits for its configuration, or for the kernel to come, and heeds nothing else.
             self._link.close()
+            if self.slot:
+                self._stop_hearing()
         if self._exit is None and self._watch is not None:
             self.kill()
             await self.exited(_EXIT_SECONDS)
-        # A watcher that has not ended until now ends with this socket.
+        # A watcher that has not ended until now ends with the last of these sockets.
         self._stop_hearing()
-        if self._looking is not None:
-            self._looking.cancel()
-        if self._way_out is not None:
-            await self._way_out.close()
-        if self._group is not None:
-            await finish(asyncio.to_thread(self._group.remove))
         if self._link is not None:
             self._link.close()
-        self._end_sandbox()
-        if self._closing is not None:
-            await asyncio.wait([self._closing])
+        await self._family.leave(self)
         self._forget(self)
 
     def container_gone(self) -> None:
@@ -250,7 +249,7 @@ class LocalSession:
         if "over" in news:
             overrun = read_overrun(news["over"], self.limits)
             if overrun is not None:
-                self._pass_on(overrun)
+                self.pass_on(overrun)
             return
         self._stop_hearing()
         exit_ = Exit(
@@ -259,9 +258,9 @@ class LocalSession:
             killed=self._killed or bool(news.get("killed")),
             overrun=read_overrun(news.get("limit"), self.limits) or self._overrun,
         )
-        if self._own_boundary is not None:
-            self._note_exit(exit_ if exit_.killed or self._supervision.answers() else Exit(gone=True))
-            self._end_sandbox()
+        if self._family.is_alone:
+            self._note_exit(exit_ if exit_.killed or self._family.supervision.answers() else Exit(gone=True))
+            self._family.end()
         elif not exit_.killed and exit_.overrun is None and (not data or _was_killed(exit_)):
             # Somebody killed it: itself, the system, or whoever is just now killing the whole container.
             self._loop.call_later(_SUDDEN_SECONDS, self._note_sudden_exit, exit_)
@@ -269,11 +268,12 @@ class LocalSession:
             self._note_exit(exit_)
 
     def _note_sudden_exit(self, exit_: Exit) -> None:
-        self._note_exit(exit_ if self._supervision.answers() else Exit(gone=True))
+        self._note_exit(exit_ if self._family.supervision.answers() else Exit(gone=True))
 
     def _join(self, ancillary: list[tuple[int, int, bytes]]) -> None:
         """Put the watcher, and with it all that it will start, into the session's group."""
-        if self._group is None or self._grouped.done():
+        group = self._family.group
+        if group is None or self._grouped.done():
             return
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, _SCM_CREDENTIALS):
@@ -281,7 +281,7 @@ class LocalSession:
                 if not pid:
                     continue
                 try:
-                    self._group.add(pid)
+                    group.add(pid)
                 except ProcessLookupError:
                     pass  # it has ended, and will say so
                 except OSError as exc:
@@ -295,8 +295,9 @@ class LocalSession:
             watch.close()
 
     def _note_exit(self, exit_: Exit) -> None:
-        if _was_killed(exit_) and exit_.overrun is None and self._group is not None and self._group.memory_kills():
-            exit_ = replace(exit_, overrun=Overrun("memory", self.limits.memory, self._group.peak()))
+        group = self._family.group
+        if _was_killed(exit_) and exit_.overrun is None and group and group.memory_kills() > self._memory_kills:
+            exit_ = replace(exit_, overrun=Overrun("memory", self.limits.memory, group.peak()))
         # A kernel may kill itself; that the machine killed something for memory meanwhile tells the other case.
         if _was_killed(exit_) and exit_.overrun is None and oom_kills() > self._oom_kills:
             exit_ = replace(exit_, memory_limit=self.limits.memory)

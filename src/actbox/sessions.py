@@ -82,6 +82,20 @@ class Session(Protocol):
         """How it ended; None if that is not known within `timeout` seconds."""
         ...
 
+    slot: int
+    """The number that a request to fork names the new kernel by."""
+
+    async def branch(self) -> Session:
+        """A session for a kernel that this one is about to fork; nothing can be done with it until it is `ready`.
+
+        Raises the built-in `ConnectionError`.
+        """
+        ...
+
+    async def ready(self) -> None:
+        """Wait for the forked kernel's first word. Raises as `wait_ready`."""
+        ...
+
     async def close(self) -> None:
         """Kill, and wait within a bound until it is gone. Never raises."""
         ...
@@ -150,19 +164,17 @@ async def _connect_tcp(port: int, host: str, *, key: str | None, token: str | No
         raise ConnectionError(
             f"no container of this process has port {port}; to reach one of another process pass its token"
         )
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(_TCP_SECONDS):
-            _, link = await loop.create_connection(lambda: Link(swallow=_is_pong), host, port)
-    except (OSError, TimeoutError) as exc:
-        raise ConnectionError(f"no container answers at {host}:{port}: {exc or 'timed out'}") from exc
-    session = _RemoteSession(link, heartbeat)
-    try:
-        await session.greet(key, token)
-    except BaseException:
-        await session.close()
-        raise
-    return session
+    return await _RemoteSession.at(_Address(host, port, token, heartbeat), {"key": key})
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """Where a gateway is, and how to speak to it."""
+
+    host: str
+    port: int
+    token: str
+    heartbeat: float
 
 
 def read_overrun(told: object, limits: Limits) -> Overrun | None:
@@ -186,19 +198,64 @@ class _RemoteSession:
     State: `_exit`, set when the gateway says how the kernel ended; `_beating`, the heartbeat's task.
     """
 
-    def __init__(self, link: Link, heartbeat: float) -> None:
+    def __init__(self, link: Link, address: _Address) -> None:
         self.limits = Limits()
+        self.slot = 0
         self.on_overrun: Callable[[Overrun], None] | None = None
         self._link = link
-        self._heartbeat = heartbeat
+        self._address = address
         self._exit: Exit | None = None
         self._exited = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
 
-    async def greet(self, key: str | None, token: str) -> None:
-        """Show the token, ask for a session, and wait until it is ready."""
+    @classmethod
+    async def at(cls, address: _Address, wish: dict[str, Any]) -> _RemoteSession:
+        """A session at a gateway: a fresh one for a key, or the one that a ticket is for. Raises `ConnectionError`."""
+        loop = asyncio.get_running_loop()
         try:
-            await self._link.send({"type": "hello", "token": token, "key": key})
+            async with asyncio.timeout(_TCP_SECONDS):
+                _, link = await loop.create_connection(lambda: Link(swallow=_is_pong), address.host, address.port)
+        except (OSError, TimeoutError) as exc:
+            where = f"{address.host}:{address.port}"
+            raise ConnectionError(f"no container answers at {where}: {exc or 'timed out'}") from exc
+        session = cls(link, address)
+        try:
+            await session._greet(wish)
+        except BaseException:
+            await session.close()
+            raise
+        return session
+
+    async def branch(self) -> _RemoteSession:
+        try:
+            await self._link.send({"type": "branch"})
+        except OSError as exc:
+            raise ConnectionError("the gateway closed the connection") from exc
+        try:
+            async with asyncio.timeout(_TCP_SECONDS):
+                frame = await self.receive()
+        except TimeoutError:
+            raise ConnectionError("the gateway did not answer") from None
+        match frame.header if frame is not None else None:
+            case {"type": "branch", "ticket": str(ticket), "slot": int(slot)}:
+                made = await self.at(self._address, {"ticket": ticket})
+                made.slot = slot
+                return made
+            case {"type": "branch", "reason": str(reason)}:
+                raise ConnectionError(ascii(reason)[1:300])
+            case _:
+                raise ConnectionError("the kernel is gone")
+
+    async def ready(self) -> None:
+        await wait_ready(self.receive, self._how_it_ended)
+
+    async def _how_it_ended(self) -> str:
+        return "" if self._exit is None or self._exit.status is None else f" (wait status {self._exit.status})"
+
+    async def _greet(self, wish: dict[str, Any]) -> None:
+        """Show the token, say what is wanted, and wait until it is there."""
+        try:
+            await self._link.send({"type": "hello", "token": self._address.token, **wish})
         except OSError as exc:
             raise ConnectionError("the gateway closed the connection") from exc
         try:
@@ -221,7 +278,7 @@ class _RemoteSession:
         # What counts is pings without an answer, not time: a caller that blocks its loop must find its session again.
         unanswered, heard = 0, self._link.heard
         while not self._link.ended:
-            await asyncio.sleep(self._heartbeat)
+            await asyncio.sleep(self._address.heartbeat)
             if self._link.heard > heard or self._link.paused:
                 # While it is we who do not read, nothing can be heard, and nothing is to be feared.
                 unanswered, heard = 0, self._link.heard

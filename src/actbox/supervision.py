@@ -106,14 +106,29 @@ class Supervision:
         """Wait until every library of `preload` was imported, or the supervisor is gone."""
         await self._warmed.wait()
 
-    def ask_session(self, *sockets: socket.socket) -> None:
+    def ask_session(self, number: int, *sockets: socket.socket) -> None:
         """Ask for a session that holds these sockets: stream, watch, and one to ask for connections, if it may.
+
+        Args:
+            number: what the session is to be known by.
+            sockets: the other ends of ours.
 
         Raises:
             ConnectionError: the supervisor is gone.
         """
+        self._ask({"op": "session", "number": number}, sockets)
+
+    def ask_fork(self, session: int, source: int, number: int, *sockets: socket.socket) -> None:
+        """Pass a session the sockets for a kernel that one of its kernels, `source`, is about to fork as `number`.
+
+        Raises:
+            ConnectionError: the supervisor is gone.
+        """
+        self._ask({"op": "fork", "session": session, "source": source, "number": number}, sockets)
+
+    def _ask(self, message: dict[str, Any], sockets: tuple[socket.socket, ...]) -> None:
         try:
-            self._send({"op": "session"}, [sock.fileno() for sock in sockets])
+            self._send(message, [sock.fileno() for sock in sockets])
         except OSError as exc:
             raise ConnectionError(f"the container does not answer: {exc}") from exc
 

@@ -1,12 +1,13 @@
 """SIGINT reaches the cell it was meant for, and never tears a frame.
 
-The supervisor writes the number of the cell to be interrupted into a page that it shares with this kernel, then sends
-the signal. A signal that arrives late finds another number and does nothing. The same page tells the supervisor, when
-the kernel has died, which cell it had begun.
+The watcher writes the number of the cell to be interrupted into memory that it shares with the kernel, then sends the
+signal. A signal that arrives late finds another number and does nothing. The same memory tells the watcher, when the
+kernel has died, which cell it had begun. Every kernel of a session has a slot of it.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import struct
@@ -15,46 +16,61 @@ from threading import get_ident
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import mmap
     from types import FrameType
 
-PAGE = 4096
+SLOTS = 512
+_SLOT = 32
 _NUMBER = struct.Struct("<q")
 _TARGET = 0
 _CURRENT = 8
 _BEGUN = 16
 
 
-def target(page: mmap.mmap) -> int:
-    """The cell that is to be interrupted, 0 for none."""
-    return _NUMBER.unpack_from(page, _TARGET)[0]
+def make_slots() -> mmap.mmap:
+    """Memory for `SLOTS` kernels, shared with whoever is forked."""
+    return mmap.mmap(-1, SLOTS * _SLOT)
 
 
-def set_target(page: mmap.mmap, cell: int) -> None:
+def slot(memory: mmap.mmap, number: int) -> memoryview:
+    """One kernel's part of it."""
+    return memoryview(memory)[number * _SLOT : (number + 1) * _SLOT]
+
+
+def clear(slot: memoryview) -> None:
+    """Make a slot a new kernel's."""
+    slot[:] = bytes(_SLOT)
+
+
+def set_target(slot: memoryview, cell: int) -> None:
     """Name the cell that the next SIGINT is for."""
-    _NUMBER.pack_into(page, _TARGET, cell)
+    _NUMBER.pack_into(slot, _TARGET, cell)
 
 
-def begun(page: mmap.mmap) -> int:
+def begun(slot: memoryview) -> int:
     """The last cell that the kernel began, by its own account; 0 for none."""
-    return _NUMBER.unpack_from(page, _BEGUN)[0]
+    return _NUMBER.unpack_from(slot, _BEGUN)[0]
 
 
-def wanted(page: mmap.mmap) -> bool:
+def running(slot: memoryview) -> int:
+    """The cell that runs, by the kernel's own account; 0 for none."""
+    return _NUMBER.unpack_from(slot, _CURRENT)[0]
+
+
+def wanted(slot: memoryview) -> bool:
     """Whether the running cell is the one to be interrupted."""
-    current = _NUMBER.unpack_from(page, _CURRENT)[0]
-    return current != 0 and current == target(page)
+    current = running(slot)
+    return current != 0 and current == _NUMBER.unpack_from(slot, _TARGET)[0]
 
 
 class Interrupts:
     """This kernel's side of it.
 
-    State: the page's current cell; `_depth`, how deep the main thread is in code that must not be torn; `_pending`,
+    State: the slot's current cell; `_depth`, how deep the main thread is in code that must not be torn; `_pending`,
     whether a signal came meanwhile; `delivered`, whether the running cell was interrupted.
     """
 
-    def __init__(self, page: mmap.mmap) -> None:
-        self._page = page
+    def __init__(self, slot: memoryview) -> None:
+        self._slot = slot
         self._depth = 0
         self._pending = False
         self._main = threading.main_thread().ident
@@ -65,14 +81,20 @@ class Interrupts:
         """Take over SIGINT; call it in the main thread."""
         signal.signal(signal.SIGINT, self._handle)
 
+    def move(self, slot: memoryview) -> None:
+        """This process has become another kernel, with a slot of its own and no cell under way."""
+        self._slot = slot
+        self._depth = 0
+        self._pending = False
+
     def begin(self, cell: int) -> None:
         """A cell runs from now on. Raises KeyboardInterrupt if it was to be interrupted before it began."""
         self.delivered = False
         self._pending = False
-        _NUMBER.pack_into(self._page, _BEGUN, cell)
-        _NUMBER.pack_into(self._page, _CURRENT, cell)
+        _NUMBER.pack_into(self._slot, _BEGUN, cell)
+        _NUMBER.pack_into(self._slot, _CURRENT, cell)
         # The order may have overtaken the cell: then its signal found nothing to interrupt.
-        if wanted(self._page):
+        if wanted(self._slot):
             self.delivered = True
             raise KeyboardInterrupt
 
@@ -82,13 +104,13 @@ class Interrupts:
 
     def end(self) -> None:
         """No cell runs any more: a SIGINT does nothing."""
-        _NUMBER.pack_into(self._page, _CURRENT, 0)
+        _NUMBER.pack_into(self._slot, _CURRENT, 0)
         self._pending = False
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         # Tracebacks begin where the user's code was interrupted.
         __tracebackhide__ = True
-        if not wanted(self._page):
+        if not wanted(self._slot):
             return
         if self._depth:
             self._pending = True
@@ -109,7 +131,7 @@ class Interrupts:
         self._depth -= 1
         if self._pending and not self._depth:
             self._pending = False
-            if wanted(self._page):
+            if wanted(self._slot):
                 self.delivered = True
                 raise KeyboardInterrupt
 
@@ -127,9 +149,9 @@ class _Held:
         self._owner.leave()
 
 
-def forward(page: mmap.mmap, kernel: int) -> None:
+def forward(slot: memoryview, kernel: int) -> None:
     """Pass SIGINT on to the kernel and the programs it runs in the foreground, as a terminal would."""
-    if not wanted(page):
+    if not wanted(slot):
         return
     try:
         os.killpg(kernel, signal.SIGINT)

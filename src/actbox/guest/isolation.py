@@ -45,6 +45,7 @@ MNT_DETACH = 2
 PR_SET_DUMPABLE = 4
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
+PR_SET_CHILD_SUBREAPER = 36
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 _CAP_VERSION_3 = 0x20080522
@@ -319,6 +320,11 @@ def make_domain(binds: list[dict[str, Any]], key: str | None) -> landlock.Domain
         return landlock.make(places)
     except OSError as exc:
         raise LayerError("landlock", exc.errno, str(exc)) from exc
+
+
+def adopt_orphans() -> bool:
+    """Let processes below this one that lose their parent become children of this one; False where that cannot be."""
+    return _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
 
 
 def set_dumpable(*, value: bool) -> None:

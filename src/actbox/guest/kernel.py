@@ -19,12 +19,13 @@ import select
 import signal
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..protocol import frames
+from . import branching, interrupts
 from . import shell as shells
 from .interrupts import Interrupts
-from .output import Channel
+from .output import THREAD, Channel
 from .places import Refused
 from .refusals import refused_by
 from .transfer import REQUESTS, Transfers
@@ -40,28 +41,38 @@ _RECEIVE = 256 << 10
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Kernel:
-    """One session's kernel.
+class _Born(BaseException):
+    """This process is a copy that has become a kernel of its own."""
 
-    State: `_cell`, how many cells were begun; `_pid`, to tell this process from children that user code forks.
+
+class Kernel:
+    """One session's kernel, or a copy of it that was forked between two cells.
+
+    State: `_pid`, to tell this process from children that user code forks; `_ready`, what it says when it is.
     """
 
     def __init__(
         self,
         stream: socket.socket,
+        kin: socket.socket,
         pipes: tuple[int, int],
-        page: mmap.mmap,
+        memory: mmap.mmap,
         shell: shells.Shell,
         reloader: SkillReloader,
     ) -> None:
         self._stream = stream
+        self._kin = kin
+        self._memory = memory
         self._decoder = frames.Decoder()
         self._shell = shell
         self._reloader = reloader
         self._pid = os.getpid()
         self._limits: dict[str, Any] = {}
-        self._interrupts = Interrupts(page)
+        self._can_fork = False
+        self._ready: dict[str, Any] = {}
+        self._interrupts = Interrupts(interrupts.slot(memory, 0))
         self._channel = Channel(stream, pipes, self._interrupts)
+        os.register_at_fork(after_in_child=self._leave_kin)
         self._transfers = Transfers(self._channel, self._interrupts, self._receive)
 
     def serve(self, start: dict[str, Any]) -> None:
@@ -71,18 +82,27 @@ class Kernel:
         shells.connect(self._channel)
         _prepare_process(start)
         self._limits = start["limits"]
+        self._can_fork = bool(start["forks"])
         self._shell.user_ns["_dh"][:] = [pathlib.Path(start["cwd"])]
         self._reloader.watch(start["skills"], self._interrupts)
         gc.enable()
         versions = {"python": sys.version.split()[0], "ipython": _ipython_version(), "landlock": start["landlock"]}
-        self._channel.now({"type": "ready", **versions})
+        self._ready = {"type": "ready", **versions}
+        self._channel.now(self._ready)
         while (frame := self._next_request()) is not None:
-            kind = frame.header.get("type")
-            # What else comes is the rest of an upload that ended before its time.
-            if kind == "execute":
-                self._answer(frame, self._run_cell)
-            elif kind in REQUESTS:
-                self._answer(frame, self._transfer)
+            # The copy goes on here too, with the requests of its own host.
+            with contextlib.suppress(_Born):
+                self._serve_request(frame)
+
+    def _serve_request(self, frame: frames.Frame) -> None:
+        kind = frame.header.get("type")
+        # What else comes is the rest of an upload that ended before its time.
+        if kind == "execute":
+            self._answer(frame, self._run_cell)
+        elif kind in REQUESTS:
+            self._answer(frame, self._transfer)
+        elif kind == "fork":
+            self._answer(frame, self._fork)
 
     def _run_cell(self, frame: frames.Frame, _reply: dict[str, Any]) -> BaseException | None:
         self._reloader.before_cell()
@@ -101,6 +121,50 @@ class Kernel:
         if left_out:
             reply["left_out"] = left_out
         return None
+
+    def _fork(self, frame: frames.Frame, _reply: dict[str, Any]) -> BaseException | None:
+        """Become two. In the copy it raises `_Born`."""
+        try:
+            if not self._can_fork:
+                raise Refused("a sandbox of this kind (gVisor) cannot tell whose child a copy is")
+            number = int(frame.header["slot"])
+            sockets = branching.take_sockets(self._kin, number)
+            try:
+                if frame.header.get("force") is not True:
+                    branching.check_forkable({THREAD}, _loop())
+                with self._interrupts.held:
+                    born = branching.fork()
+                if born:
+                    self._begin_again(sockets, number)
+            finally:
+                sockets.close()
+        except Refused as exc:
+            shells.send_error("ForkRefused", exc.reason, "")
+            return exc
+        except Exception as exc:  # noqa: BLE001 - see _transfer
+            return exc
+        return None
+
+    def _begin_again(self, sockets: branching.Sockets, number: int) -> NoReturn:
+        """Be the kernel that these sockets are for. Whatever fails, no second copy of the first goes on."""
+        try:
+            branching.start_over()
+            pipes = _new_outputs()
+            self._stream, self._kin = sockets.stream.dup(), sockets.kin.dup()
+            self._decoder = frames.Decoder()
+            self._interrupts.move(interrupts.slot(self._memory, number))
+            self._channel.move(self._stream, pipes)
+            self._pid = os.getpid()
+            self._kin.send(b"here")
+            self._channel.now(self._ready)
+        except BaseException:  # noqa: BLE001 - the last place where it can be told
+            traceback.print_exc()
+            os._exit(71)
+        raise _Born
+
+    def _leave_kin(self) -> None:
+        """A child that user code forks has nothing to do with the watcher."""
+        self._kin.close()
 
     def _answer(
         self, request: frames.Frame, work: Callable[[frames.Frame, dict[str, Any]], BaseException | None]
@@ -186,12 +250,26 @@ class Kernel:
 
 def _left_over_loop() -> asyncio.AbstractEventLoop | None:
     """The loop of the shell's top-level `await`, if tasks are waiting in it."""
+    loop = _loop()
+    return loop if loop is not None and asyncio.all_tasks(loop) else None
+
+
+def _loop() -> asyncio.AbstractEventLoop | None:
     from IPython.core import async_helpers
 
     loop = getattr(async_helpers, "_event_loop", None) or getattr(async_helpers, "_asyncio_event_loop", None)
-    if loop is None or loop.is_closed() or not asyncio.all_tasks(loop):
-        return None
-    return loop
+    return None if loop is None or loop.is_closed() else loop
+
+
+def _new_outputs() -> tuple[int, int]:
+    """Pipes behind file descriptors 1 and 2; where they can be read."""
+    readers: list[int] = []
+    for number in (1, 2):
+        reader, writer = os.pipe()
+        os.dup2(writer, number)
+        os.close(writer)
+        readers.append(reader)
+    return readers[0], readers[1]
 
 
 def _prepare_process(start: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ CHUNK_BYTES = 256 << 10
 IDLE_BYTES = 1 << 20
 _PIPE_READ = 64 << 10
 NAMES = ("stdout", "stderr")
+THREAD = "actbox-output"
 
 
 class Channel:
@@ -64,14 +65,31 @@ class Channel:
         self._raw_decoders = [_decoder(), _decoder()]
         # Asked at every write: two reads that find nothing cost ten times as much as this.
         self._waiting = select.poll()
-        for pipe in pipes:
-            os.set_blocking(pipe, False)
-            self._waiting.register(pipe, select.POLLIN)
+        self._register_pipes()
         os.register_at_fork(after_in_child=self._become_child)
 
     def start(self) -> None:
         """Begin to empty the pipes in a thread of its own."""
-        threading.Thread(target=self._watch, name="actbox-output", daemon=True).start()
+        threading.Thread(target=self._watch, name=THREAD, daemon=True).start()
+
+    def move(self, stream: socket.socket, pipes: tuple[int, int]) -> None:
+        """Serve another kernel's stream: in a forked child, which has left its parent's behind."""
+        self._pipes = pipes
+        self._timer = _Timer()
+        self._armed = False
+        self._idle = True
+        self._dropped = 0
+        self._decoders = [_decoder(), _decoder()]
+        self._raw_decoders = [_decoder(), _decoder()]
+        self._waiting = select.poll()
+        self._register_pipes()
+        self._stream = stream
+        self.start()
+
+    def _register_pipes(self) -> None:
+        for pipe in self._pipes:
+            os.set_blocking(pipe, False)
+            self._waiting.register(pipe, select.POLLIN)
 
     # -- what Python code writes ---------------------------------------------------------------------------------
 

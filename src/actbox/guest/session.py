@@ -7,22 +7,19 @@
                               └── K: the kernel
 
 A and B may be forked before anybody asks for a session; B then waits for its two sockets. On `stream` the host speaks
-to the kernel; on `watch` to B, which the guest cannot signal or look into: there come the orders to interrupt and to
-kill, and there goes the news of how the kernel ended. When either side of `watch` ends, so does the session: B's end
-ends everything in the pid namespace. Where namespaces may not be nested the container holds one session alone, B is
-no pid 1, and it is the host that ends the whole container.
+to the kernel; on `watch` to B, which the guest cannot signal or look into (see `watch`). K may be forked in its turn
+(see `branching`): then B watches over several kernels. When the host lets go of the last `watch`, so does the session:
+B's end ends everything in the pid namespace. Where namespaces may not be nested the container holds one session alone,
+B is no pid 1, and it is the host that ends the whole container.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
-import select
 import signal
 import socket
-import time
 import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,8 +28,10 @@ from ..protocol import frames
 from . import forwarder, interrupts, isolation, usage
 from .caches import plant
 from .kernel import Kernel, close_other_files
+from .watch import Watcher, tell
 
 if TYPE_CHECKING:
+    import mmap
     from types import FrameType
 
     from .landlock import Domain
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from .shell import Shell
 
 _START_SECONDS = 10
-_DATAGRAM = 4096
 
 
 @dataclass
@@ -83,31 +81,38 @@ def _run_second(start: Start) -> NoReturn:
         close_other_files({0, 1, 2, start.handover.fileno()})
         sockets = _take_sockets(start.handover)
         # The system tells the host who says it: so it learns this process's number in its own namespace.
-        _tell(sockets.watch, {"hello": True})
+        tell(sockets.watch, {"hello": True})
         try:
             config = _read_config(sockets.stream)
             limits = config["limits"]
             if start.nested:
                 isolation.build_root(start.binds, config["key"], limits)
                 isolation.raise_loopback()
+            # The first process of the namespace gets orphans anyway, forked kernels among them.
+            config["forks"] = start.nested or isolation.adopt_orphans()
             isolation.set_limits(limits)
             isolation.give_up_rights()
             # From here on the kernel, which has the same user, cannot open this process's memory or files.
             isolation.set_dumpable(value=False)
             domain = isolation.make_domain(start.binds, config["key"])
             config["landlock"] = domain.abi
-            page = mmap.mmap(-1, interrupts.PAGE)
+            memory = interrupts.make_slots()
+            kin, their_kin = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             children = _note_children()
             if sockets.asking is not None:
                 config["env"] = {**_fork_forwarder(sockets.asking, children), **config["env"]}
-            kernel = _fork_kernel(start, sockets, page, config, domain)
+            kernel = _fork_kernel(start, sockets.stream, their_kin, memory, config, domain)
             domain.close()
+            their_kin.close()
         except BaseException as exc:
             _fail(sockets.stream, exc)
             raise
         sockets.stream.close()
         # In a pid namespace of its own this process is 1; otherwise what came before it is not the session's.
-        _stand_watch(sockets.watch, page, kernel, children, usage.Meter(limits, os.getpid(), config["cwd"]))
+        meter = usage.Meter(limits, os.getpid(), config["cwd"])
+        watcher = Watcher(memory, start.handover, children, meter)
+        watcher.add(0, sockets.watch, kin, kernel)
+        watcher.run()
     except BaseException:  # noqa: BLE001 - see run_first; the host knows already, or is gone
         os._exit(70)
     finally:
@@ -126,70 +131,6 @@ def _note_signal(_number: int, _frame: FrameType | None) -> None:
     """A handler must stand for the wake-up descriptor to be written to."""
 
 
-def _stand_watch(watch: socket.socket, page: mmap.mmap, kernel: int, children: int, meter: usage.Meter) -> None:
-    """Serve the host's orders until the kernel or the host is gone; tell the host how the kernel ended.
-
-    Look meanwhile at what the session uses. Memory beyond its bound ends it at once; processor time is told to the
-    host, which interrupts the cell.
-    """
-    poller = select.poll()
-    poller.register(watch, select.POLLIN)
-    poller.register(children, select.POLLIN)
-    killed = False
-    limit: dict[str, Any] | None = None
-    deadline = time.monotonic() + meter.pause / 1000
-    while True:
-        events = poller.poll(max(0, 1000 * (deadline - time.monotonic())))
-        if time.monotonic() >= deadline:
-            over = meter.look()
-            deadline = time.monotonic() + meter.pause / 1000
-            if over is not None and over.name == "memory":
-                limit = {"limit": over.name, "use": over.use}
-                os.kill(kernel, signal.SIGKILL)
-            elif over is not None:
-                _tell(watch, {"over": {"limit": over.name, "use": over.use}})
-        for fd, _ in events:
-            if fd == children:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(children, 4096)
-                status = _reap(kernel)
-                if status is not None:
-                    _tell(watch, {"status": status, "killed": killed, "begun": interrupts.begun(page), "limit": limit})
-                    return
-                continue
-            order = watch.recv(_DATAGRAM)
-            if not order:
-                return
-            match json.loads(order):
-                case {"op": "interrupt", "cell": int(cell)}:
-                    interrupts.set_target(page, cell)
-                    interrupts.forward(page, kernel)
-                case {"op": "cell"}:
-                    meter.begin_cell()
-                    deadline = time.monotonic() + meter.pause / 1000
-                case _:
-                    killed = True
-                    os.kill(kernel, signal.SIGKILL)
-
-
-def _tell(watch: socket.socket, news: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):
-        watch.send(json.dumps(news).encode())
-
-
-def _reap(kernel: int) -> int | None:
-    """Collect the children that have ended, orphans among them; the kernel's wait status if it is one of them."""
-    status = None
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            pid, ended = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                break
-            if pid == kernel:
-                status = ended
-    return status
-
-
 def _fork_forwarder(asking: socket.socket, children: int) -> dict[str, str]:
     """Fork the process that leads to the session's proxy; the variables that tell programs of it."""
     listener = forwarder.listen()
@@ -204,7 +145,14 @@ def _fork_forwarder(asking: socket.socket, children: int) -> dict[str, str]:
     return forwarder.variables(port)
 
 
-def _fork_kernel(start: Start, sockets: _Sockets, page: mmap.mmap, config: dict[str, Any], domain: Domain) -> int:
+def _fork_kernel(
+    start: Start,
+    stream: socket.socket,
+    kin: socket.socket,
+    memory: mmap.mmap,
+    config: dict[str, Any],
+    domain: Domain,
+) -> int:
     """Fork process K. Its parent has given up every right already."""
     out, err = os.pipe(), os.pipe()
     child = os.fork()
@@ -227,11 +175,11 @@ def _fork_kernel(start: Start, sockets: _Sockets, page: mmap.mmap, config: dict[
             # The kernel alone: the watcher is to signal it and look into it, and not the other way round.
             domain.enter()
         except OSError as exc:
-            _fail(sockets.stream, isolation.LayerError("landlock", exc.errno, str(exc)))
+            _fail(stream, isolation.LayerError("landlock", exc.errno, str(exc)))
             raise
-        close_other_files({0, 1, 2, sockets.stream.fileno(), out[0], err[0]})
+        close_other_files({0, 1, 2, stream.fileno(), kin.fileno(), out[0], err[0]})
         plant(start.seeds)
-        Kernel(sockets.stream, (out[0], err[0]), page, start.shell, start.reloader).serve(config)
+        Kernel(stream, kin, (out[0], err[0]), memory, start.shell, start.reloader).serve(config)
         code = 0
     except BaseException:  # noqa: BLE001 - the last place where it can be told
         traceback.print_exc()
@@ -241,14 +189,10 @@ def _fork_kernel(start: Start, sockets: _Sockets, page: mmap.mmap, config: dict[
 
 
 def _take_sockets(handover: socket.socket) -> _Sockets:
-    """Wait for the session's sockets: stream, watch, and one to ask for connections if there is a network.
-
-    The supervisor's end of the handover ends with the supervisor.
-    """
+    """Wait for the session's sockets: stream, watch, and one to ask for connections if there is a network."""
     _, fds, _, _ = socket.recv_fds(handover, 1, 3, socket.MSG_CMSG_CLOEXEC)
     if len(fds) < 2:  # noqa: PLR2004 - stream and watch
         raise EOFError("no session was handed over")
-    handover.close()
     stream, watch, *asking = (socket.socket(fileno=fd) for fd in fds)
     return _Sockets(stream, watch, asking[0] if asking else None)
 

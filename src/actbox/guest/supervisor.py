@@ -1,11 +1,12 @@
 """The first process of a container: trusted, single-threaded, never runs the guest's code.
 
 It imports the libraries once, then forks a process for every session that the host asks for, one ahead of need. It has
-no part in what becomes of them: host and session speak over sockets of their own (see `session`). The host speaks to
-it in datagrams over one socket; when that socket ends, so does it, and with it the whole container.
+no part in what becomes of them: host and session speak over sockets of their own (see `session`), and all that comes
+through here later are the sockets of kernels that a session is to fork. The host speaks to it in datagrams over one
+socket; when that socket ends, so does it, and with it the whole container.
 
-State: the modules still to be preloaded, whether all that can be done ahead is done, until when no import is begun, and
-the session in store.
+State: the modules still to be preloaded, whether all that can be done ahead is done, until when no import is begun, the
+session in store, and a socket to each session that lives, by the number that the host gave it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Supervisor:
         self._nested: bool = layout["nested"]
         self._seeds: list[list[str]] = layout["seeds"]
         self._spare: socket.socket | None = None
+        self._sessions: dict[int, socket.socket] = {}
         self._quiet_until = 0.0
         self._shell: Shell
         self._reloader: SkillReloader
@@ -99,7 +101,10 @@ class Supervisor:
             for fd, _ in events:
                 if fd == self._children:
                     self._reap()
-                elif fd != self._control.fileno() or not self._serve_request():
+                elif fd == self._control.fileno():
+                    if not self._serve_request():
+                        return
+                elif not self._forget(fd):
                     return
             if not self._warm:
                 if time.monotonic() >= min(self._quiet_until, latest):
@@ -143,26 +148,51 @@ class Supervisor:
         message, fds, _, _ = socket.recv_fds(self._control, _DATAGRAM, 3, socket.MSG_CMSG_CLOEXEC)
         if not message:
             return False
-        self._quiet_until = time.monotonic() + _QUIET_SECONDS
-        spare, self._spare = self._spare or self._fork_session(), None
-        try:
-            socket.send_fds(spare, [b"s"], fds)
-        except OSError:
-            # The one in store has ended, by the system's doing: a fresh one can say why if it ends too.
-            spare.close()
-            spare = self._fork_session()
-            with contextlib.suppress(OSError):
-                socket.send_fds(spare, [b"s"], fds)
-        spare.close()
+        match json.loads(message):
+            case {"op": "fork", "session": int(number)}:
+                session = self._sessions.get(number)
+                if session is not None:
+                    # One that has ended, or does not read, gets nothing; the host sees that these sockets end.
+                    with contextlib.suppress(OSError):
+                        socket.send_fds(session, [message], fds, socket.MSG_DONTWAIT)
+            case {"op": "session", "number": int(number)}:
+                self._start_session(number, fds)
+            case _:
+                pass
         for fd in fds:
             os.close(fd)
         return True
+
+    def _start_session(self, number: int, fds: list[int]) -> None:
+        self._quiet_until = time.monotonic() + _QUIET_SECONDS
+        session, self._spare = self._spare or self._fork_session(), None
+        try:
+            socket.send_fds(session, [b"s"], fds)
+        except OSError:
+            # The one in store has ended, by the system's doing: a fresh one can say why if it ends too.
+            session.close()
+            session = self._fork_session()
+            with contextlib.suppress(OSError):
+                socket.send_fds(session, [b"s"], fds)
+        self._sessions[number] = session
+        # Nothing comes there but its end.
+        self._poller.register(session, select.POLLIN)
+
+    def _forget(self, fd: int) -> bool:
+        """Let go of the session whose socket has ended; False if it is no session's."""
+        for number, session in self._sessions.items():
+            if session.fileno() == fd:
+                self._poller.unregister(session)
+                session.close()
+                del self._sessions[number]
+                return True
+        return False
 
     def _fork_session(self) -> socket.socket:
         """A session's first process, waiting for its sockets at the other end."""
         from .session import Start, run_first
 
-        ours, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         start = Start(theirs, self._binds, self._seeds, self._shell, self._reloader, self._nested)
         with warnings.catch_warnings():
             # Libraries may hold threads of their own (OpenBLAS does); they restart them after a fork.

@@ -10,6 +10,10 @@ import itertools
 import os
 import resource
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _PAGE = resource.getpagesize()
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -22,10 +26,11 @@ _MOST_FDS = 4096
 
 @dataclass
 class Overrun:
-    """A bound that was passed: which one, and what was in use."""
+    """A bound that was passed: which one, what was in use, and by which kernel, 0 for the session as a whole."""
 
     name: str
     use: float
+    kernel: int = 0
 
 
 class Meter:
@@ -36,9 +41,13 @@ class Meter:
         own: the number of the watcher's process.
         place: the folder whose disk `disk` is about.
 
+    A session has one kernel, until that is forked. From then on processor time is each kernel's own: what it and its
+    children were seen to use. Who has left its family, and its terminal session too, counts to nobody's cell.
+
     State: `_pause` until the next look, in seconds; the processor time at the last look, and from where it counts, None
     before the first cell; that of each process, and the sum of what they were seen to use; the bytes in deleted files
-    that were told of.
+    that were told of. Of a session of several kernels: `_used`, the ticks of each, and `_bases`, those at the
+    beginning of its cell.
     """
 
     def __init__(self, limits: dict[str, float | None], own: int, place: str) -> None:
@@ -54,21 +63,25 @@ class Meter:
         self._times: dict[int, int] = {}
         self._seen = 0
         self._told = 0
+        self._several = False
+        self._used: dict[int, int] = {}
+        self._bases: dict[int, int] = {}
 
     @property
     def pause(self) -> int:
         """Milliseconds until the next look."""
         return int(1000 * self._pause)
 
-    def begin_cell(self) -> None:
-        """The host has sent a cell: processor time counts from here."""
-        self._base = self._seconds(_processes(self._own))
+    def begin_cell(self, kernels: Sequence[int] = (), kernel: int = 0) -> None:
+        """The host has sent a cell to one of the kernels: processor time counts from here."""
+        self._base = self._seconds(_processes(self._own), kernels)
+        self._bases[kernel] = self._used.get(kernel, 0)
         self._pause = _SHORTEST
 
-    def look(self) -> Overrun | None:
+    def look(self, kernels: Sequence[int] = ()) -> Overrun | None:
         """What was passed since the last look, if anything."""
         pids = _processes(self._own)
-        seconds = self._seconds(pids)
+        seconds = self._seconds(pids, kernels)
         # A clock tick of the watcher's own looking is no sign of life.
         busy = seconds - self._last > 1.5 / _TICKS
         self._pause = _SHORTEST if busy else min(2 * self._pause, _LONGEST)
@@ -79,10 +92,9 @@ class Meter:
             memory = sum(map(_proportional, pids))
             if memory > self._memory:
                 return Overrun("memory", memory)
-        if self._cpu is not None and self._base is not None and seconds - self._base > self._cpu:
-            # Who goes on after this is told of again.
-            used, self._base = seconds - self._base, seconds
-            return Overrun("cpu", round(used, 3))
+        over = self._look_at_time(seconds)
+        if over is not None:
+            return over
         deleted = _in_deleted_files(pids, self._device)
         self._told = min(self._told, deleted)
         if deleted > self._disk and deleted - self._told > self._disk // _TRIFLE:
@@ -90,20 +102,47 @@ class Meter:
             return Overrun("disk", deleted)
         return None
 
-    def _seconds(self, pids: list[int]) -> float:
+    def _look_at_time(self, seconds: float) -> Overrun | None:
+        # Who goes on after this is told of again.
+        if self._cpu is None or self._base is None:
+            return None
+        if not self._several:
+            if seconds - self._base > self._cpu:
+                used, self._base = seconds - self._base, seconds
+                return Overrun("cpu", round(used, 3))
+            return None
+        for kernel, base in self._bases.items():
+            used = (self._used.get(kernel, 0) - base) / _TICKS
+            if used > self._cpu:
+                self._bases[kernel] = self._used[kernel]
+                return Overrun("cpu", round(used, 3), kernel)
+        return None
+
+    def forget(self, kernel: int) -> None:
+        """A kernel has ended."""
+        self._used.pop(kernel, None)
+        self._bases.pop(kernel, None)
+
+    def _seconds(self, pids: list[int], kernels: Sequence[int]) -> float:
         """Processor time of all that live, of their children that ended, and of orphans.
 
         The system forgets the time of children that nobody waits for (whose parent ignores SIGCHLD): what they were
         seen to use counts then.
         """
         gone = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self._several = self._several or len(kernels) > 1
+        owners = _owners(pids, kernels) if self._several else {}
         before, self._times = self._times, {}
         total = 0
         for pid in pids:
             own, children = _ticks(pid)
             self._times[pid] = own
-            self._seen += own - before.get(pid, 0) if own >= before.get(pid, 0) else own
+            new = own - before.get(pid, 0) if own >= before.get(pid, 0) else own
+            self._seen += new
             total += own + children
+            owner = owners.get(pid)
+            if owner is not None:
+                self._used[owner] = self._used.get(owner, 0) + new
         return max(gone.ru_utime + gone.ru_stime + total / _TICKS, self._seen / _TICKS)
 
 
@@ -127,6 +166,40 @@ def _ticks(pid: int) -> tuple[int, int]:
     fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     # utime, stime, cutime, cstime: proc(5), fields 14 to 17.
     return sum(map(int, fields[11:13])), sum(map(int, fields[13:15]))
+
+
+def _owners(pids: list[int], kernels: Sequence[int]) -> dict[int, int]:
+    """To which kernel each process belongs: by its parents, or, once it has lost them, by its terminal session."""
+    parents: dict[int, int] = {}
+    terminals: dict[int, int] = {}
+    for pid in pids:
+        # ppid, pgrp, session: proc(5), fields 4 to 6.
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        if len(fields) > 3:  # noqa: PLR2004 - else it has ended
+            parents[pid], terminals[pid] = int(fields[1]), int(fields[3])
+    owners: dict[int, int] = {}
+    for pid in parents:
+        above = pid
+        for _ in parents:  # numbers may be given anew meanwhile: no chain is longer
+            if above in kernels or above not in parents:
+                break
+            above = parents[above]
+        if above not in kernels:
+            above = terminals[pid]
+        if above in kernels:
+            owners[pid] = above
+    return owners
+
+
+def belongings(kernel: int, kernels: Sequence[int], own: int) -> list[int]:
+    """The processes of one of a session's kernels, as far as they can be known to be its own; not the kernel."""
+    owners = _owners(_processes(own), kernels)
+    return [pid for pid, owner in owners.items() if owner == kernel and pid != kernel]
+
+
+def weight(kernel: int) -> int:
+    """Bytes of memory that a kernel's own process takes; pages that it shares with others count in parts."""
+    return _proportional(kernel)
 
 
 def _resident(pids: list[int]) -> int:

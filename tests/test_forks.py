@@ -1,0 +1,608 @@
+"""Forks of a session: copies that go on by themselves, checkpoints to go back to, and what becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from docker_tools import until
+from needs import lacking
+
+from actbox import (
+    CheckpointMissing,
+    CodeExecutionContainer,
+    CodeExecutor,
+    ExecutionClient,
+    ExecutionContainer,
+    ExecutionError,
+    ExecutionInterrupted,
+    ExecutionLost,
+    ExecutionTimeout,
+    ForkRefused,
+    InvalidArgument,
+    KernelDied,
+    LimitExceeded,
+    Limits,
+    SandboxUnavailable,
+    SessionBroken,
+    StateError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+
+BOUND = 15.0
+SLEEP = "print('on'); import time; time.sleep(999)"
+
+
+@pytest.fixture(params=["shared", "separate"])
+async def client(
+    request: pytest.FixtureRequest, engine: str, container: CodeExecutionContainer
+) -> AsyncIterator[ExecutionClient]:
+    """A session among others, and one in a sandbox of its own."""
+    if request.param == "shared":
+        async with ExecutionClient(container.port) as made:
+            yield made
+        return
+    async with (
+        ExecutionContainer(engine=engine, preload=(), separate=True, show_pull_progress=False) as own,
+        ExecutionClient(own.port) as made,
+    ):
+        yield made
+
+
+async def value(client: ExecutionClient, expression: str) -> str:
+    """What an expression prints."""
+    return (await client.execute(f"print({expression})")).text or ""
+
+
+# -- branches --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_branch_has_the_state_and_both_go_on_alone(client: ExecutionClient) -> None:
+    await client.execute("import math\nx = [1]\ndef f(): return sum(x) * math.pi")
+    async with await client.fork() as branch:
+        assert await value(branch, "x, round(f(), 2)") == "[1] 3.14"
+        await branch.execute("x.append(2); y = 1")
+        await client.execute("x.append(3)")
+        assert await value(branch, "x, 'y' in globals()") == "[1, 2] True"
+        assert await value(client, "x, 'y' in globals()") == "[1, 3] False"
+    assert await value(client, "x") == "[1, 3]"
+
+
+async def test_a_branch_counts_and_names_its_cells_as_the_session_did(client: ExecutionClient) -> None:
+    await client.execute("1")
+    last = await client.execute("41")
+    async with await client.fork() as branch:
+        assert (await branch.execute("_ + 1")).text == "42"
+        assert (await branch.execute("1")).execution_count == last.execution_count + 2
+        with pytest.raises(ExecutionError, match="ZeroDivisionError"):
+            await branch.execute("1/0")
+
+
+async def test_each_has_a_stream_of_its_own(client: ExecutionClient) -> None:
+    async with await client.fork() as branch:
+        both = await asyncio.gather(
+            *(one.execute("import os; print(os.getpid()); os.system('echo from a child')") for one in (client, branch))
+        )
+    first, second = ((result.text or "").splitlines() for result in both)
+    assert first[1:] == second[1:] == ["from a child", "0"]
+    assert first[0] != second[0]
+
+
+async def test_random_numbers_differ_between_branches(client: ExecutionClient) -> None:
+    draw = "import random, uuid; drawn = (random.random(), uuid.uuid1().hex, uuid.uuid4().hex)"
+    await client.execute(draw)
+    try:
+        await client.execute("import numpy as np; np.random.seed(1)")
+        draw += "; drawn += (np.random.rand(),)"
+    except ExecutionError:
+        pass
+    async with await client.fork() as one, await client.fork() as other:
+        for each in (client, one, other):
+            await each.execute(draw)
+        drawn = [json.loads(await value(each, "__import__('json').dumps(drawn)")) for each in (client, one, other)]
+    for position in range(len(drawn[0])):
+        assert len({numbers[position] for numbers in drawn}) == 3
+
+
+async def test_many_branches_of_one_parent_work_at_once(container: CodeExecutionContainer) -> None:
+    async with ExecutionClient(container.port) as client:
+        await client.execute("data = list(range(100_000))")
+        branches = [await client.fork() for _ in range(32)]
+        try:
+            results = await asyncio.gather(
+                *(branch.execute(f"print(sum(data) + {number})") for number, branch in enumerate(branches))
+            )
+            assert [result.text for result in results] == [str(4999950000 + number) for number in range(32)]
+        finally:
+            await asyncio.gather(*(branch.disconnect() for branch in branches))
+        assert await value(client, "len(data)") == "100000"
+
+
+async def test_a_branch_of_a_branch_outlives_both(container: CodeExecutionContainer) -> None:
+    async with ExecutionClient(container.port) as client:
+        await client.execute("x = 1")
+        child = await client.fork()
+        await child.execute("x = 2")
+        grandchild = await child.fork()
+    await child.disconnect()
+    async with grandchild:
+        assert await value(grandchild, "x") == "2"
+
+
+async def test_a_branch_shares_memory_until_it_writes(container: CodeExecutionContainer) -> None:
+    own = """
+def own():
+    kinds = ('Private_Clean:', 'Private_Dirty:')
+    with open('/proc/self/smaps_rollup') as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith(kinds))
+"""
+    async with ExecutionClient(container.port) as client:
+        await client.execute(f"block = bytearray(b'x') * (256 << 20)\n{own}")
+        async with await client.fork() as branch:
+            assert int(await value(branch, "own()")) < 50 << 10
+            await branch.execute("block[:] = bytes(len(block))")
+            assert int(await value(branch, "own()")) > 250 << 10
+            assert await value(client, "block[0], block[-1]") == "120 120"
+
+
+async def test_files_and_processes_are_shared(container: CodeExecutionContainer, key: str) -> None:
+    async with CodeExecutor(key, container.workspace, container.port) as executor:
+        await executor.execute("open('mine', 'w').write('1')")
+        async with await executor.fork() as branch:
+            await branch.execute("open('mine', 'w').write('2')")
+            assert await value(executor, "open('mine').read()") == "2"
+            assert await value(branch, "__import__('os').getcwd()") == await value(
+                executor, "__import__('os').getcwd()"
+            )
+            assert branch.working_dir == executor.working_dir
+
+
+async def test_the_watcher_is_the_parent_of_every_kernel(container: CodeExecutionContainer) -> None:
+    async with ExecutionClient(container.port) as client, await client.fork() as branch, await branch.fork() as leaf:
+        for each in (client, branch, leaf):
+            assert await value(each, "__import__('os').getppid()") == "1"
+
+
+# -- what cannot be copied -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        (
+            "import threading, time\nthreading.Thread(target=time.sleep, args=(99,), name='my worker').start()",
+            "my worker",
+        ),
+        ("import subprocess\nchild = subprocess.Popen(['sleep', '99'])", "subprocess [0-9]+ \\(sleep\\)"),
+        (
+            "import asyncio\nwaiting = asyncio.create_task(asyncio.sleep(99), name='my task')\nawait asyncio.sleep(0)",
+            "my task",
+        ),
+    ],
+    ids=["thread", "subprocess", "task"],
+)
+async def test_what_a_copy_would_miss_is_refused_by_name_unless_forced(
+    client: ExecutionClient, code: str, named: str
+) -> None:
+    await client.execute(code)
+    await client.execute("x = 1")
+    with pytest.raises(ForkRefused, match=named):
+        await client.fork()
+    with pytest.raises(ForkRefused, match=named):
+        await client.checkpoint("one")
+    assert await value(client, "x") == "1"
+    async with await client.fork(force=True) as branch:
+        assert await value(branch, "x") == "1"
+        assert (await branch.execute("import asyncio\nawait asyncio.sleep(0, 5)")).text == "5"
+        async with await branch.fork() as leaf:
+            assert await value(leaf, "x") == "1"
+
+
+async def test_threads_and_children_that_have_ended_are_no_reason(client: ExecutionClient) -> None:
+    await client.execute("import threading, subprocess\nt = threading.Thread(target=int); t.start(); t.join()")
+    await client.execute("subprocess.run(['true'], check=True)\nimport asyncio\nawait asyncio.sleep(0)")
+    await client.execute(
+        "import os\nchild = os.fork()\nif child == 0: os._exit(0)\nos.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)"
+    )
+    async with await client.fork() as branch:
+        assert await value(branch, "1") == "1"
+
+
+async def test_a_limit_of_processes_refuses_a_fork_by_its_name(engine: str, tmp_path: Path) -> None:
+    async with (
+        ExecutionContainer(
+            engine=engine,
+            preload=(),
+            limits=Limits(pids=16),
+            binds={str(tmp_path / "b"): "b"},
+            show_pull_progress=False,
+        ) as own,
+        ExecutionClient(own.port) as client,
+    ):
+        await client.execute("x = 1")
+        branches: list[ExecutionClient] = []
+        with pytest.raises(LimitExceeded) as caught:  # noqa: PT012 - one of them refuses
+            for _ in range(20):
+                branches.append(await client.fork())  # noqa: PERF401 - what was made before is kept
+        assert caught.value.limit == "pids"
+        assert 2 <= len(branches) <= 16
+        assert await value(client, "x") == "1"
+        await asyncio.gather(*(branch.disconnect() for branch in branches))
+        async with await client.fork() as branch:
+            assert await value(branch, "x") == "1"
+
+
+# -- how they end ----------------------------------------------------------------------------------------------------
+
+
+async def test_the_death_of_one_is_none_of_the_others(client: ExecutionClient) -> None:
+    await client.execute("x = 1")
+    async with await client.fork() as branch, await client.fork() as other:
+        with pytest.raises(KernelDied) as died:
+            await branch.execute("import os; print('last words'); os._exit(7)")
+        assert died.value.exit_code == 7
+        assert died.value.text == "last words"
+        with pytest.raises(KernelDied) as killed:
+            await client.execute("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+        assert killed.value.signal == signal.SIGKILL
+        assert await value(other, "x") == "1"
+        # A session of its own is given to whoever lost theirs.
+        assert await value(branch, "'x' in globals()") == "False"
+        assert (await client.execute("1")).restarted
+
+
+async def test_interrupts_and_timeouts_reach_the_one_they_are_for(client: ExecutionClient) -> None:
+    async with await client.fork() as branch:
+        cell, other = await branch.submit(SLEEP), await client.submit(SLEEP)
+        for each in (cell, other):
+            async for _ in each.stream(BOUND):
+                break
+        await cell.interrupt()
+        with pytest.raises(ExecutionInterrupted):
+            await cell.result(BOUND)
+        assert other.outcome is None
+        await other.interrupt()
+        with pytest.raises(ExecutionTimeout) as late:
+            await branch.execute(SLEEP, timeout=0.3)
+        assert late.value.state_kept
+        assert await value(client, "1") == "1"
+
+
+async def test_a_deaf_branch_is_killed_and_its_children_with_it(container: CodeExecutionContainer) -> None:
+    deaf = (
+        "import os, signal, subprocess, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "child = subprocess.Popen(['sleep', '876'])\nprint(child.pid)\nwhile True: time.sleep(9)"
+    )
+    async with ExecutionClient(container.port, interrupt_grace=0.3) as client, await client.fork() as branch:
+        with pytest.raises(ExecutionTimeout) as late:
+            await branch.execute(deaf, timeout=0.5)
+        assert not late.value.state_kept
+        looking = (
+            "[n for n in os.listdir('/proc') if n.isdigit() and b'876' in open(f'/proc/{n}/cmdline', 'rb').read()]"
+        )
+        await client.execute("import os")
+        assert await until(lambda: _is(client, looking, "[]"))
+
+
+async def _is(client: ExecutionClient, expression: str, expected: str) -> bool:
+    return await value(client, expression) == expected
+
+
+async def test_closing_a_branch_ends_its_kernel_alone(container: CodeExecutionContainer) -> None:
+    count = "len([name for name in __import__('os').listdir('/proc') if name.isdigit()])"
+    async with ExecutionClient(container.port) as client:
+        before = await value(client, count)
+        async with await client.fork():
+            assert int(await value(client, count)) == int(before) + 1
+        assert await until(lambda: _is(client, count, before))
+
+
+async def test_the_container_takes_all_of_them_along(engine: str) -> None:
+    async with ExecutionContainer(engine=engine, preload=(), show_pull_progress=False) as own:
+        client = ExecutionClient(own.port)
+        await client.connect()
+        branch = await client.fork()
+        cell = await branch.submit(SLEEP)
+        async for _ in cell.stream(BOUND):
+            break
+    with pytest.raises(ExecutionLost):
+        await cell.result(BOUND)
+    with pytest.raises(ExecutionLost):
+        await client.execute("1")
+    await branch.disconnect()
+    await client.disconnect()
+
+
+async def test_nothing_is_left_of_branches(container: CodeExecutionContainer) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - iterdir keeps one open
+
+    async with ExecutionClient(container.port) as client:
+        async with await client.fork() as branch:
+            await value(branch, "1")
+        before, tasks = open_files(), len(asyncio.all_tasks())
+        for _ in range(20):
+            async with await client.fork() as branch:
+                await value(branch, "1")
+            await client.execute("import threading; go = threading.Event(); threading.Thread(target=go.wait).start()")
+            with pytest.raises(ForkRefused):
+                await client.fork()
+            await client.execute("go.set(); threading.enumerate()[-1].join(1)")
+        assert await until(lambda: open_files() <= before)
+        assert len(asyncio.all_tasks()) <= tasks
+        here = "len(__import__('os').listdir('/proc/self/fd'))"
+        held = await value(client, here)
+        for _ in range(5):
+            async with await client.fork():
+                pass
+        assert await value(client, here) == held
+
+
+async def test_a_fork_waits_for_its_turn_and_no_longer_than_it_may(client: ExecutionClient) -> None:
+    cell = await client.submit(SLEEP)
+    async for _ in cell.stream(BOUND):
+        break
+    with pytest.raises(ExecutionTimeout) as late:
+        await client.fork(timeout=0.2)
+    assert not late.value.started
+    waiting = asyncio.ensure_future(client.fork())
+    await asyncio.sleep(0)
+    after = await client.submit("x = 5")
+    await cell.interrupt()
+    async with await asyncio.wait_for(waiting, BOUND) as branch:
+        await after.result(BOUND)
+        assert await value(branch, "'x' in globals()") == "False"
+
+
+async def test_a_cancelled_fork_leaves_no_branch(container: CodeExecutionContainer) -> None:
+    count = "len([name for name in __import__('os').listdir('/proc') if name.isdigit()])"
+    async with ExecutionClient(container.port) as client:
+        before = await value(client, count)
+        for turns in range(12):
+            task = asyncio.ensure_future(client.fork())
+            for _ in range(turns * 3):
+                await asyncio.sleep(0)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await (await task).disconnect()
+        assert await until(lambda: _is(client, count, before))
+
+
+async def test_a_client_that_is_gone_forks_nothing(container: CodeExecutionContainer) -> None:
+    client = ExecutionClient(container.port)
+    with pytest.raises(StateError):
+        await client.fork()
+    await client.connect()
+    cell = await client.submit(SLEEP)
+    waiting = asyncio.ensure_future(client.fork())
+    async for _ in cell.stream(BOUND):
+        break
+    await client.disconnect()
+    with pytest.raises(StateError):
+        await waiting
+    with pytest.raises(InvalidArgument):
+        await client.fork(timeout=-1)
+
+
+# -- a kernel that does not play along -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nos.fork = lambda: os._exit(3)",
+        "import os\nos.register_at_fork(after_in_child=lambda: os._exit(3))",
+        "import os\nos.register_at_fork(before=lambda: os._exit(3))",
+        "import threading\nthreading.enumerate = None",
+    ],
+)
+async def test_a_kernel_that_will_not_be_copied_is_told_of(client: ExecutionClient, code: str) -> None:
+    await client.submit(code)
+    with pytest.raises((ForkRefused, SessionBroken)):
+        await client.fork()
+    async with ExecutionClient(client.port) as other:
+        assert await value(other, "1") == "1"
+
+
+async def test_a_forked_child_of_a_cell_is_no_kernel(client: ExecutionClient) -> None:
+    await client.execute("import os\nif os.fork() == 0:\n    import time; time.sleep(99)")
+    with pytest.raises(ForkRefused, match="subprocess"):
+        await client.fork()
+    async with await client.fork(force=True) as branch:
+        assert await value(branch, "1") == "1"
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_session_goes_back_as_often_as_it_likes(client: ExecutionClient) -> None:
+    await client.execute("x = [1]")
+    kept = await client.checkpoint("one")
+    await client.execute("x.append(2)")
+    await client.checkpoint("two")
+    for _ in range(3):
+        await client.execute("x.clear(); del x")
+        assert await client.rollback("one") == kept
+        assert await value(client, "x") == "[1]"
+        await client.rollback("two")
+        assert await value(client, "x") == "[1, 2]"
+    assert [checkpoint.name for checkpoint in client.checkpoints()] == ["one", "two"]
+    assert client.checkpoints()[0].cell < client.checkpoints()[1].cell
+
+
+@pytest.mark.parametrize(
+    "ruin",
+    [
+        "import os; os._exit(3)",
+        "import ctypes; ctypes.string_at(0)",
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: time.sleep(9)",
+        "import builtins\nbuiltins.__dict__.clear()",
+        "import os; os.closerange(0, 256)",
+    ],
+    ids=["exit", "segfault", "deaf", "no builtins", "no files"],
+)
+async def test_whatever_a_cell_has_ruined_is_undone(container: CodeExecutionContainer, ruin: str) -> None:
+    async with ExecutionClient(container.port, interrupt_grace=0.3) as client:
+        await client.execute("x = 1")
+        await client.checkpoint("good")
+        with contextlib.suppress(ExecutionError, ExecutionTimeout):
+            await client.execute(ruin, timeout=0.5)
+        await client.rollback("good")
+        result = await client.execute("print(x)")
+        assert (result.text, result.restarted) == ("1", False)
+
+
+async def test_a_checkpoint_of_the_same_name_takes_the_place_of_the_older(client: ExecutionClient) -> None:
+    for number in range(3):
+        await client.execute(f"x = {number}")
+        await client.checkpoint("same")
+    await client.execute("x = 99")
+    await client.rollback("same")
+    assert await value(client, "x") == "2"
+    assert len(client.checkpoints()) == 1
+
+
+async def test_what_is_not_there_cannot_be_gone_back_to(client: ExecutionClient) -> None:
+    await client.execute("x = 1")
+    with pytest.raises(CheckpointMissing, match="there is none of this name") as caught:
+        await client.rollback("nothing")
+    assert isinstance(caught.value, KeyError)
+    with pytest.raises(CheckpointMissing):
+        await client.discard("nothing")
+    await client.checkpoint("one")
+    await client.discard("one")
+    with pytest.raises(CheckpointMissing):
+        await client.rollback("one")
+    assert await value(client, "x") == "1"
+
+
+@pytest.mark.parametrize("name", ["", "x" * 101, "a\nb", "\x1b[2J", 3, None])
+async def test_names_that_cannot_be_shown_are_refused(container: CodeExecutionContainer, name: Any) -> None:
+    async with ExecutionClient(container.port) as client:
+        with pytest.raises(InvalidArgument):
+            await client.checkpoint(name)
+
+
+async def test_there_is_a_bound_on_checkpoints(container: CodeExecutionContainer) -> None:
+    async with ExecutionClient(container.port, max_checkpoints=2) as client:
+        await client.checkpoint("one")
+        await client.checkpoint("two")
+        with pytest.raises(StateError, match="2 checkpoints"):
+            await client.checkpoint("three")
+        await client.checkpoint("two")
+        await client.discard("one")
+        await client.checkpoint("three")
+
+
+async def test_a_checkpoint_that_the_session_has_killed_is_told_of(container: CodeExecutionContainer) -> None:
+    async with ExecutionClient(container.port) as client:
+        await client.checkpoint("one")
+        with pytest.raises(KernelDied):
+            await client.execute("import os; os.kill(-1, 9); os._exit(1)")
+        assert await until(lambda: client.checkpoints() == [])
+        with pytest.raises(CheckpointMissing, match="killed"):
+            await client.rollback("one")
+        assert (await client.execute("print(1)")).text == "1"
+
+
+# -- the last good state ---------------------------------------------------------------------------------------------
+
+
+async def test_a_death_says_to_which_cell_the_session_went_back(container: CodeExecutionContainer) -> None:
+    async with ExecutionClient(container.port, recover=True, interrupt_grace=0.3) as client:
+        await client.execute("x = 1")
+        good = await client.execute("x = 2")
+        with pytest.raises(KernelDied) as died:
+            await client.execute("x = 3; import os; os._exit(3)")
+        assert died.value.rolled_back_to == good.execution_count
+        assert f"after cell {good.execution_count}" in str(died.value)
+        result = await client.execute("print(x)")
+        assert (result.text, result.restarted) == ("2", False)
+        with pytest.raises(ExecutionTimeout) as late:
+            await client.execute(
+                "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nx = 4\nwhile True: time.sleep(9)",
+                timeout=0.3,
+            )
+        assert late.value.rolled_back_to == result.execution_count
+        assert await value(client, "x") == "2"
+
+
+async def test_a_cell_that_fails_is_kept_as_it_left_things(container: CodeExecutionContainer) -> None:
+    async with ExecutionClient(container.port, recover=True) as client:
+        await client.execute("x = 1")
+        with pytest.raises(ExecutionError) as failed:
+            await client.execute("x = 2; 1/0")
+        assert failed.value.rolled_back_to is None
+        assert await value(client, "x") == "2"
+
+
+async def test_without_a_good_state_the_state_is_lost(container: CodeExecutionContainer) -> None:
+    async with ExecutionClient(container.port, recover=True) as client:
+        with pytest.raises(KernelDied) as died:
+            await client.execute("import os; os._exit(3)")
+        assert died.value.rolled_back_to is None
+        assert (await client.execute("x = 1")).restarted
+        with pytest.raises(KernelDied) as again:
+            await client.execute("import os; os.kill(-1, 9); os._exit(1)")
+        assert again.value.rolled_back_to is None
+        assert (await client.execute("print('x' in globals())")).text == "False"
+
+
+# -- from another process --------------------------------------------------------------------------------------------
+
+REMOTE = """
+import asyncio, sys
+from actbox import ExecutionClient, KernelDied
+
+async def main():
+    async with ExecutionClient(int(sys.argv[1]), token=sys.argv[2]) as client:
+        await client.execute("x = [1]")
+        async with await client.fork() as branch:
+            await branch.execute("x.append(2)")
+            await client.checkpoint("one")
+            try:
+                await client.execute("import os; os._exit(3)")
+            except KernelDied:
+                await client.rollback("one")
+            for each in (client, branch):
+                print((await each.execute("print(x)")).text)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_client_in_another_process_forks_and_goes_back(container: CodeExecutionContainer) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", REMOTE, str(container.port), container.token, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 30)
+    assert out.decode().splitlines() == ["[1]", "[1, 2]"]
+
+
+# -- where it cannot be ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.engines("docker")
+async def test_gvisor_refuses_by_its_name(engine: str) -> None:
+    try:
+        async with (
+            ExecutionContainer(engine=engine, runtime="runsc", preload=(), show_pull_progress=False) as own,
+            ExecutionClient(own.port) as client,
+        ):
+            await client.execute("x = 1", timeout=50)
+            with pytest.raises(ForkRefused, match="gVisor"):
+                await client.fork()
+            assert await value(client, "x") == "1"
+    except SandboxUnavailable as exc:
+        lacking(str(exc))
