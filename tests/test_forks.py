@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from docker_tools import until
+from docker_tools import listed, until
 from needs import lacking
 
 from actbox import (
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 
 BOUND = 15.0
+CWD = "__import__('os').getcwd()"
+COUNT = "len([name for name in __import__('os').listdir('/proc') if name.isdigit()])"
 SLEEP = "print('on'); import time; time.sleep(999)"
 
 
@@ -300,12 +302,11 @@ async def _is(client: ExecutionClient, expression: str, expected: str) -> bool:
 
 
 async def test_closing_a_branch_ends_its_kernel_alone(container: CodeExecutionContainer) -> None:
-    count = "len([name for name in __import__('os').listdir('/proc') if name.isdigit()])"
     async with ExecutionClient(container.port) as client:
-        before = await value(client, count)
+        before = await value(client, COUNT)
         async with await client.fork():
-            assert int(await value(client, count)) == int(before) + 1
-        assert await until(lambda: _is(client, count, before))
+            assert int(await value(client, COUNT)) == int(before) + 1
+        assert await until(lambda: _is(client, COUNT, before))
 
 
 async def test_the_container_takes_all_of_them_along(engine: str) -> None:
@@ -366,9 +367,8 @@ async def test_a_fork_waits_for_its_turn_and_no_longer_than_it_may(client: Execu
 
 
 async def test_a_cancelled_fork_leaves_no_branch(container: CodeExecutionContainer) -> None:
-    count = "len([name for name in __import__('os').listdir('/proc') if name.isdigit()])"
     async with ExecutionClient(container.port) as client:
-        before = await value(client, count)
+        before = await value(client, COUNT)
         for turns in range(12):
             task = asyncio.ensure_future(client.fork())
             for _ in range(turns * 3):
@@ -376,7 +376,7 @@ async def test_a_cancelled_fork_leaves_no_branch(container: CodeExecutionContain
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await (await task).disconnect()
-        assert await until(lambda: _is(client, count, before))
+        assert await until(lambda: _is(client, COUNT, before))
 
 
 async def test_a_client_that_is_gone_forks_nothing(container: CodeExecutionContainer) -> None:
@@ -606,3 +606,91 @@ async def test_gvisor_refuses_by_its_name(engine: str) -> None:
             assert await value(client, "x") == "1"
     except SandboxUnavailable as exc:
         lacking(str(exc))
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def worker(container: CodeExecutionContainer, key: str) -> AsyncIterator[CodeExecutor]:
+    """An executor with some files: a module, a folder, and a link."""
+    async with CodeExecutor(key, container.workspace, container.port) as made:
+        await made.execute(
+            "import os\nopen('skill.py', 'w').write('value = 1')\nos.makedirs('below/deep')\n"
+            "open('below/deep/file', 'w').write('one')\nos.symlink('skill.py', 'link')\nos.mkfifo('pipe')\n"
+            "os.chmod('skill.py', 0o755)\nimport skill"
+        )
+        yield made
+
+
+async def test_a_branch_may_have_a_copy_of_the_folder(worker: CodeExecutor) -> None:
+    async with await worker.fork(files="copy") as branch:
+        assert branch.working_dir.parent.parent == worker.working_dir
+        assert await value(branch, "sorted(os.listdir())") == "['below', 'link', 'skill.py']"
+        assert await value(branch, "os.readlink('link'), oct(os.stat('skill.py').st_mode & 0o777)") == "skill.py 0o755"
+        await branch.execute("open('below/deep/file', 'w').write('two'); open('skill.py', 'w').write('value = 2')")
+        assert await value(worker, "open('below/deep/file').read(), skill.value") == "one 1"
+        assert (branch.working_dir / "below" / "deep" / "file").read_text("utf-8") == "two"
+        await branch.execute("open('newer.py', 'w').write('value = 3')")
+        assert await value(branch, "__import__('newer').value") == "3"
+        async with await branch.fork(files="copy") as leaf, await branch.fork() as twin:
+            assert await value(leaf, "open('below/deep/file').read()") == "two"
+            assert twin.working_dir == branch.working_dir
+        assert branch.working_dir.is_dir()
+        place = branch.working_dir
+    assert not place.exists()
+    assert await value(worker, "open('below/deep/file').read()") == "one"
+
+
+async def test_a_folder_that_cannot_be_copied_makes_no_branch(container: CodeExecutionContainer, key: str) -> None:
+    async with CodeExecutor(key, container.workspace, container.port) as worker:
+        await worker.execute("open('.branches', 'w').close()")
+        with pytest.raises(ForkRefused):
+            await worker.fork(files="copy")
+        with pytest.raises(InvalidArgument):
+            await worker.fork(files="none")  # pyright: ignore[reportArgumentType]
+        assert await until(lambda: _is(worker, COUNT, "2"))
+
+
+async def test_a_branch_may_have_a_key_of_its_own(worker: CodeExecutor, key: str) -> None:
+    async with await worker.fork(f"{key}-b") as branch:
+        assert branch.images_dir.name == branch.key == f"{key}-b"
+        assert branch.working_dir == worker.working_dir
+        with pytest.raises(KernelDied):
+            await branch.execute("os._exit(3)")
+        assert (await branch.execute("import os; print(os.getcwd())")).text == f"/app/skills/private/{key}-b"
+        assert branch.working_dir.name == f"{key}-b"
+    with pytest.raises(InvalidArgument):
+        await worker.fork("../x")
+
+
+async def test_files_come_back_with_a_checkpoint_if_they_were_kept(worker: CodeExecutor) -> None:
+    kept = await worker.checkpoint("with", files=True)
+    assert kept.files
+    assert sorted(kept.left_out) == ["link", "pipe"]
+    plain = await worker.checkpoint("without")
+    assert not plain.files
+    ruin = "import shutil\nshutil.rmtree('below'); os.unlink('skill.py'); open('extra', 'w').close()"
+    await worker.execute(ruin)
+    await worker.rollback("without")
+    assert await value(worker, "sorted(os.listdir())") == "['extra', 'link', 'pipe']"
+    for turn in range(2):
+        await worker.rollback("with")
+        assert (
+            await value(worker, "sorted(os.listdir()), open('below/deep/file').read()") == "['below', 'skill.py'] one"
+        )
+        await worker.execute(f"import shutil; shutil.rmtree('below'); turn = {turn}")
+    await worker.discard("with")
+
+
+async def test_nothing_is_left_of_kept_files(worker: CodeExecutor, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    await worker.checkpoint("one", files=True)
+    assert len(listed(tmp_path, "*")) == 1
+    await worker.checkpoint("one", files=True)
+    assert len(listed(tmp_path, "*")) == 1
+    await worker.discard("one")
+    assert listed(tmp_path, "*") == []
+    await worker.checkpoint("two", files=True)
+    await worker.disconnect()
+    assert listed(tmp_path, "*") == []

@@ -38,7 +38,7 @@ from actbox.events import (
     TimedOut,
 )
 from actbox.execution import Execution, check_timeout
-from actbox.forks import Checkpoint, Checkpoints, Copy, Step, copy_of
+from actbox.forks import Checkpoint, Checkpoints, Copy, Files, Step, ask, copy_of
 from actbox.protocol import frames, messages
 from actbox.sessions import read_overrun
 from actbox.shielded import finish
@@ -155,7 +155,7 @@ class ExecutionClient(FileTransfers):
         """
         if self._connected:
             raise StateError("this client is connected already")
-        self._session = await self._open()
+        self._session = await self.open_session()
         self._connected = True
 
     async def disconnect(self) -> None:
@@ -244,24 +244,30 @@ class ExecutionClient(FileTransfers):
         """
         return await self._do(timeout, lambda: self._fork(force=force))
 
-    async def _fork(self, *, force: bool) -> Self:
-        made = await self._copy(force=force)
-        return self._twin(made.session)
+    async def _fork(self, *, force: bool, prepare: Callable[[Self], Awaitable[None]] | None = None) -> Self:
+        branch = self._twin(await self._copy(force=force))
+        if prepare is not None:
+            try:
+                await prepare(branch)
+            except BaseException:
+                await finish(branch.disconnect())
+                raise
+        return branch
 
-    def _twin(self, session: Session) -> Self:
+    def _twin(self, of: Copy) -> Self:
         """A client like this one, of another session."""
         made = copy.copy(self)
-        made._begin(session)  # noqa: SLF001 - one of its own kind
+        made._begin(of)  # noqa: SLF001 - one of its own kind
         return made
 
-    def _begin(self, session: Session | None = None) -> None:
-        self._session = session
-        self._is_branch = session is not None
+    def _begin(self, of: Copy | None = None) -> None:
+        self._session = of.session if of is not None else None
+        self._is_branch = of is not None
         self._queue: deque[Execution | Step] = deque()
         self._runner: asyncio.Task[None] | None = None
         self._stops: dict[int, _Stop] = {}
         self._running_cell = 0
-        self._cell = 0
+        self._cell = of.requests if of is not None else 0
         self._checkpoints = Checkpoints(self._max_checkpoints)
 
     async def checkpoint(self, name: str, *, force: bool = False, timeout: float = 120) -> Checkpoint:
@@ -278,14 +284,23 @@ class ExecutionClient(FileTransfers):
         self._checkpoints.check_name(name)
         return await self._do(timeout, lambda: self._keep(name, force=force))
 
-    async def _keep(self, name: str, *, force: bool) -> Checkpoint:
+    async def _keep(
+        self, name: str, *, force: bool, save: Callable[[Copy], Awaitable[Files]] | None = None
+    ) -> Checkpoint:
         self._checkpoints.check_name(name)
-        return await self._checkpoints.keep(name, await self._copy(force=force))
+        made = await self._copy(force=force)
+        try:
+            files = await save(made) if save is not None else None
+        except BaseException:
+            await finish(made.session.close())
+            raise
+        return await self._checkpoints.keep(name, made, files)
 
     async def rollback(self, name: str, *, timeout: float = 120) -> Checkpoint:
         """Go back to a checkpoint, whatever has become of the session since; in its turn behind cells submitted before.
 
-        The session is then a copy of the checkpoint, which can be gone back to again. Files are as they are now.
+        The session is then a copy of the checkpoint, which can be gone back to again. Files stay as they are, unless
+        they were kept with it.
 
         Raises:
             CheckpointMissing: (a `KeyError`) there is none of this name, or its process is gone; nothing has changed.
@@ -297,7 +312,14 @@ class ExecutionClient(FileTransfers):
 
     async def _go_back(self, name: str) -> Checkpoint:
         parked = self._checkpoints.find(name)
-        await self._replace_session(await self._checkpoints.wake(parked))
+        made = await self._checkpoints.wake(parked)
+        if parked.files is not None:
+            try:
+                await self.restore_files(made, parked.files)
+            except BaseException:
+                await finish(made.session.close())
+                raise
+        await self._replace_session(made)
         return parked.checkpoint
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -325,7 +347,7 @@ class ExecutionClient(FileTransfers):
     async def _replace_session(self, found: Copy) -> None:
         older, self._session = self._session, found.session
         self._lost_state = False
-        self._cell = 0
+        self._cell = found.requests
         if older is not None:
             await finish(older.close())
 
@@ -395,12 +417,22 @@ class ExecutionClient(FileTransfers):
     async def note_end(self, execution: Execution) -> None:
         """Called once for every execution that ran, after its outcome is known."""
 
-    # -- running cells -------------------------------------------------------------------------------------------
+    async def restore_files(self, made: Copy, files: Files) -> None:
+        """Put files back that were kept with a checkpoint. This class keeps none."""
 
-    async def _open(self) -> Session:
+    async def ask(self, request: dict[str, Any]) -> None:
+        """Have the kernel do something that is no cell, when nothing else is sent to it. Raises as `forks.ask`."""
+        assert self._session is not None  # noqa: S101 - for twins, which begin with one
+        self._cell += 1
+        await ask(self._session, {**request, "id": self._cell})
+
+    async def open_session(self) -> Session:
+        """A fresh kernel. Raises `ConnectionError`, `SandboxUnavailable`, `ProtocolError`."""
         return await sessions.connect(
             self.port, self.host, key=self.session_key, token=self._token, heartbeat=self._heartbeat
         )
+
+    # -- running cells -------------------------------------------------------------------------------------------
 
     async def _run_queue(self) -> None:
         while self._queue:
@@ -497,7 +529,7 @@ class ExecutionClient(FileTransfers):
             await session.close()
             self._session = None
             self._lost_state = True
-        self._session = await self._open()
+        self._session = await self.open_session()
         return self._session
 
     async def _run_in(self, execution: Execution, session: Session, cell: int) -> Outcome | None:

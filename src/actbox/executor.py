@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+import shutil
+import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from actbox.client import Execution, ExecutionClient
 from actbox.container import ExecutionContainer
 from actbox.dotenv import dotenv_variables
+from actbox.errors import InvalidArgument
 from actbox.events import Died, Exceeded, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
-from actbox.files import ImageFolder
+from actbox.files import ImageFolder, remove_folder
+from actbox.forks import Checkpoint, Copy, Files
+from actbox.guest.folders import BRANCHES
 from actbox.logger import Logger
 from actbox.result import strip_ansi
+from actbox.shielded import in_thread
 from actbox.spec import DEFAULT_TAG, Bind, bind_target, check_key
 from actbox.workspace import Workspace
 
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 
     from actbox.egress import Record
     from actbox.network import Network
+    from actbox.sessions import Session
     from actbox.spec import Limits
 
 __all__ = [
@@ -37,6 +45,8 @@ __all__ = [
 SHARED = "skills/shared"
 PRIVATE = "skills/private"
 _LOGGED_CHARACTERS = 10_000
+# A private folder may hold gigabytes.
+_FILES_SECONDS = 600.0
 
 
 class CodeExecutionContainer(ExecutionContainer):
@@ -126,6 +136,10 @@ class CodeExecutor(ExecutionClient):
         self._key = check_key(key)
         self._workspace = workspace
         self._logger = logger
+        # Of a branch: whose folder it works in, and the name of its copy.
+        self._folder = self._key
+        self._copied: str | None = None
+        self._owns_copy = False
         super().__init__(*args, **kwargs)
         self._images = ImageFolder(self.images_dir)
 
@@ -137,6 +151,113 @@ class CodeExecutor(ExecutionClient):
         """
         self._workspace.prepare_key(self._key)
         await super().connect()
+
+    async def fork(
+        self,
+        key: str | None = None,
+        *,
+        files: Literal["shared", "copy"] = "shared",
+        force: bool = False,
+        timeout: float = 120,
+    ) -> Self:
+        """Copy the session; see `ExecutionClient.fork`, whose errors these are too.
+
+        Args:
+            key: the branch's own, for its images and the log, and for the fresh kernel that it gets if it loses this
+                one; None for this executor's.
+            files: "shared": it works in the same private folder. "copy": in a copy of that, made by reflink where the
+                disk can, below `.branches` there; `working_dir` says where, and when the branch is disconnected it is
+                removed. It keeps branches out of each other's way, not out of each other's reach.
+            force: see there.
+            timeout: see there.
+
+        Raises:
+            InvalidKey: the key cannot be used.
+            InvalidArgument: `files` is something else.
+            WorkspaceError: a folder of the key's cannot be used.
+        """
+        if files not in ("shared", "copy"):
+            raise InvalidArgument("files", files, 'pass "shared" or "copy"')
+        if key is not None:
+            self._workspace.prepare_key(key)
+
+        async def prepare(branch: Self) -> None:
+            branch._become_branch(key)
+            if files == "copy":
+                name = secrets.token_hex(8)
+                await branch.ask({"type": "settle", "name": name})
+                branch._copied, branch._owns_copy = name, True
+
+        return await self._do(timeout, lambda: self._fork(force=force, prepare=prepare))
+
+    def _become_branch(self, key: str | None) -> None:
+        self._owns_copy = False
+        if key is not None:
+            self._key = check_key(key)
+            self._images = ImageFolder(self.images_dir)
+
+    async def disconnect(self) -> None:
+        """See `ExecutionClient.disconnect`; of a branch that works in a copy of the folder, this removes it."""
+        await super().disconnect()
+        await self._leave_folder()
+
+    async def open_session(self) -> Session:
+        """See `ExecutionClient.open_session`. A branch that has lost its kernel gets one in the folder of its key."""
+        session = await super().open_session()
+        await self._leave_folder()
+        return session
+
+    async def _leave_folder(self) -> None:
+        folder, name, self._folder, self._copied = self._folder, self._copied, self._key, None
+        if name is not None and self._owns_copy:
+            await in_thread(remove_folder, self._workspace.private_skills_path, folder, BRANCHES, name)
+
+    async def checkpoint(
+        self, name: str, *, files: bool = False, force: bool = False, timeout: float = 120
+    ) -> Checkpoint:
+        """Keep the session as it is now; see `ExecutionClient.checkpoint`, whose errors these are too.
+
+        Args:
+            name: see there.
+            files: keep the private folder with it, on the host, up to `Limits.disk`; `rollback` then puts it back as it
+                was. Symbolic links are left out, and named.
+            force: see there.
+            timeout: see there.
+
+        Raises:
+            TransferRefused: the folder cannot be copied.
+            LocalPathError: nor be kept here.
+        """
+        self._checkpoints.check_name(name)
+        save = self._save_files if files else None
+        return await self._do(timeout, lambda: self._keep(name, force=force, save=save))
+
+    async def _save_files(self, made: Copy) -> Files:
+        place = Path(await in_thread(tempfile.mkdtemp, prefix="actbox-checkpoint-"))
+        try:
+            twin = self._twin(made)
+            most = made.session.limits.disk
+            left_out = await twin.download_directory(
+                self._inside, place / "files", _FILES_SECONDS, max_bytes=most, without=(BRANCHES,)
+            )
+            made.requests = twin._cell  # noqa: SLF001 - one of its own kind
+        except BaseException:
+            await in_thread(shutil.rmtree, place, ignore_errors=True)
+            raise
+        return Files(place, tuple(left_out))
+
+    async def restore_files(self, made: Copy, files: Files) -> None:
+        """See `ExecutionClient.restore_files`."""
+        twin = self._twin(made)
+        await twin.ask({"type": "clear"})
+        await twin.upload_directory(self._inside, files.place / "files", _FILES_SECONDS)
+        made.requests = twin._cell  # noqa: SLF001
+
+    @property
+    def _inside(self) -> str:
+        """The private folder as the session sees it."""
+        place = f"/app/{PRIVATE}/{self._folder}"
+        return place if self._copied is None else f"{place}/{BRANCHES}/{self._copied}"
 
     @property
     def key(self) -> str:
@@ -151,7 +272,8 @@ class CodeExecutor(ExecutionClient):
     @property
     def working_dir(self) -> Path:
         """The executor's private folder on the host; inside it is the working directory."""
-        return self._workspace.private_skills_path / self._key
+        place = self._workspace.private_skills_path / self._folder
+        return place if self._copied is None else place / BRANCHES / self._copied
 
     @property
     def images_dir(self) -> Path:

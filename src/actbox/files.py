@@ -15,6 +15,7 @@ import itertools
 import os
 import re
 import secrets
+import shutil
 import stat
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
-__all__ = ["ImageFolder", "image_extension", "looks_like", "open_folder"]
+__all__ = ["ImageFolder", "image_extension", "looks_like", "open_folder", "remove_folder"]
 
 # MIME type to (extension, what the file begins with). WebP has its length between the two parts of its mark; SVG is
 # text and is looked at apart.
@@ -167,6 +168,20 @@ def open_folder(path: Path, *below: str, make: bool = False) -> Generator[int]:
         yield folder
     finally:
         os.close(folder)
+
+
+def remove_folder(path: Path, *below: str) -> None:
+    """Remove the folder `path/below[0]/...` with all that is in it, as far as that can be; no link is followed.
+
+    Raises:
+        WorkspaceError: a folder above it is a symbolic link, no folder, or out of reach.
+    """
+    with open_folder(path, *below[:-1]) as folder, suppress(FileNotFoundError):
+        shutil.rmtree(below[-1], dir_fd=folder, onerror=_leave)
+
+
+def _leave(_what: object, _path: str, _error: object) -> None:
+    """What cannot be removed stays."""
 
 
 def _open(path: Path, name: str, above: int | None, *, make: bool) -> int:

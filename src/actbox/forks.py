@@ -8,6 +8,7 @@ gone back to any number of times.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,15 @@ from actbox.errors import (
 from actbox.events import Error
 from actbox.protocol import frames, messages
 from actbox.sessions import read_overrun
-from actbox.shielded import finish
+from actbox.shielded import finish, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from actbox.sessions import Session
 
+_REFUSALS = ("ForkRefused", "FolderRefused")
 _MAX_NAME = 100
 _MAX_REASON = 1000
 # A copy of a checkpoint runs none of the guest's code, so that it takes moments; what does not answer is broken.
@@ -47,29 +50,51 @@ class Checkpoint:
         cell: the number (`execution_count`) of the last cell that had run then, 0 for none.
         created: when, in seconds since 1970.
         files: whether the private folder was kept with it.
+        left_out: what of that folder was not, being neither a regular file nor a folder: printable paths.
     """
 
     name: str
     cell: int
     created: float
     files: bool = False
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """A folder's files on the host, in a folder of ours, and what of it is not among them."""
+
+    place: Path
+    left_out: tuple[str, ...]
+
+    def remove(self) -> None:
+        """Remove them."""
+        shutil.rmtree(self.place, ignore_errors=True)
 
 
 @dataclass(slots=True)
 class Parked:
-    """A copy that waits: its session, and how many requests it was sent."""
+    """A copy that waits: its session, how many requests it was sent, and the files that were kept with it."""
 
     session: Session
     checkpoint: Checkpoint
+    files: Files | None = None
     requests: int = 0
+
+    async def close(self) -> None:
+        """End it, and remove its files."""
+        await self.session.close()
+        if self.files is not None:
+            await in_thread(self.files.remove)
 
 
 @dataclass(slots=True)
 class Copy:
-    """A session with a fresh copy, and the number of the last cell that it knows of."""
+    """A session with a fresh copy, the number of the last cell that it knows of, and how many requests it was sent."""
 
     session: Session
     cell: int
+    requests: int = 0
 
 
 async def copy_of(session: Session, request: int, *, force: bool, timeout: float) -> Copy:
@@ -90,8 +115,7 @@ async def copy_of(session: Session, request: int, *, force: bool, timeout: float
     try:
         async with asyncio.timeout(timeout):
             branch = await session.branch()
-            await session.send({"type": "fork", "id": request, "slot": branch.slot, "force": force})
-            cell = await _reply(session, request)
+            cell = await ask(session, {"type": "fork", "id": request, "slot": branch.slot, "force": force})
             try:
                 await branch.ready()
             except (ActboxError, OSError) as exc:
@@ -107,12 +131,20 @@ async def copy_of(session: Session, request: int, *, force: bool, timeout: float
     return Copy(branch, cell)
 
 
-async def _reply(session: Session, request: int) -> int:
-    """Wait until the kernel has been copied; the number of its last cell."""
+async def ask(session: Session, request: dict[str, Any]) -> int:
+    """Send an idle session a request, and wait for its end; the number of its last cell.
+
+    Raises:
+        ForkRefused: the kernel refuses.
+        LimitExceeded: one of the session's limits does.
+        ProtocolError, OSError: it does not answer as it must.
+    """
+    number = request["id"]
+    await session.send(request)
     error: Error | None = None
     while (frame := await session.receive()) is not None:
         match messages.decode(frame):
-            case messages.Reply(number, status, cell, _, passed) if number == request:
+            case messages.Reply(answered, status, cell, _, passed) if answered == number:
                 if status == "ok":
                     return cell
                 overrun = read_overrun(passed, session.limits)
@@ -121,7 +153,7 @@ async def _reply(session: Session, request: int) -> int:
                     raise LimitExceeded(
                         overrun.limit, overrun.bound, overrun.use, state_kept=True, name=name, value=value
                     )
-                reason = value if name == ForkRefused.__name__ else f"{name}: {value}"
+                reason = value if name in _REFUSALS else f"{name}: {value}"
                 raise ForkRefused(messages.legible(reason)[:_MAX_REASON])
             case Error() as told:
                 error = told
@@ -148,19 +180,21 @@ class Checkpoints:
         if name not in self.parked and len(self.parked) >= self.most:
             raise StateError(f"there are {self.most} checkpoints already: discard some, or raise max_checkpoints")
 
-    async def keep(self, name: str, copy: Copy, *, files: bool = False) -> Checkpoint:
-        """Park a copy under a name, in the place of an older one."""
-        checkpoint = Checkpoint(name, copy.cell, time.time(), files)
-        older, self.parked[name] = self.parked.get(name), Parked(copy.session, checkpoint)
+    async def keep(self, name: str, copy: Copy, files: Files | None = None) -> Checkpoint:
+        """Park a copy under a name, in the place of an older one; `files` belong to it from now on."""
+        left_out = files.left_out if files is not None else ()
+        checkpoint = Checkpoint(name, copy.cell, time.time(), files is not None, left_out)
+        parked = Parked(copy.session, checkpoint, files, copy.requests)
+        older, self.parked[name] = self.parked.get(name), parked
         if older is not None:
-            await finish(older.session.close())
+            await finish(older.close())
         return checkpoint
 
     async def keep_good(self, copy: Copy) -> None:
         """Park a copy as the last good state."""
         older, self.good = self.good, Parked(copy.session, Checkpoint("", copy.cell, time.time()))
         if older is not None:
-            await finish(older.session.close())
+            await finish(older.close())
 
     def find(self, name: str) -> Parked:
         """The one of this name. Raises `CheckpointMissing`."""
@@ -193,23 +227,21 @@ class Checkpoints:
             self.good = None
         elif self.parked.get(parked.checkpoint.name) is parked:
             del self.parked[parked.checkpoint.name]
-        await finish(parked.session.close())
+        await finish(parked.close())
 
     async def discard(self, name: str) -> None:
         """End the one of this name. Raises `CheckpointMissing`."""
         parked = self.parked.pop(name, None)
         if parked is None:
             raise CheckpointMissing(name, "there is none of this name")
-        await finish(parked.session.close())
+        await finish(parked.close())
 
     async def close(self) -> None:
         """End them all."""
-        sessions = [parked.session for parked in self.parked.values()]
-        if self.good is not None:
-            sessions.append(self.good.session)
+        kept = [*self.parked.values(), *([self.good] if self.good is not None else [])]
         self.parked.clear()
         self.good = None
-        await asyncio.gather(*(session.close() for session in sessions))
+        await asyncio.gather(*(parked.close() for parked in kept))
 
 
 class Step:

@@ -36,6 +36,8 @@ _MAX_STRANGERS = 64
 # What a gateway says itself; a kernel that says it lies.
 _GATEWAY_TYPES = frozenset({"welcome", "refused", "exited", "pong", "overrun", "branch"})
 _TICKET_SECONDS = 30.0
+# What a kernel is asked for; it gets nothing else from a client.
+_REQUESTS = frozenset({"execute", "download", "upload", "delete", "archive", "archive_end", "fork", "settle", "clear"})
 _EXIT_SECONDS = 5.0
 _MAX_CELL = 1 << 53
 
@@ -185,7 +187,7 @@ class Gateway:
         while (frame := await link.receive()) is not None:
             header = frame.header
             match header:
-                case {"type": "execute" | "download" | "upload" | "delete" | "archive" | "archive_end" | "fork"}:
+                case {"type": str(kind)} if kind in _REQUESTS:
                     # A kernel that died meanwhile is told of by the other direction.
                     with contextlib.suppress(OSError):
                         await session.send(header, frame.payload)

@@ -36,7 +36,7 @@ from actbox.protocol.messages import legible
 from actbox.shielded import finish, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable, Collection, Generator
 
     from actbox.execution import Execution, Transfer
 
@@ -112,19 +112,28 @@ class FileTransfers(ABC):
         await self._carry(_Download(_inside(relpath), _local(local_path), "file", max_bytes), timeout)
 
     async def download_directory(
-        self, relpath: str, local_path: str | Path, timeout: float = 120, *, max_bytes: int = MAX_BYTES
+        self,
+        relpath: str,
+        local_path: str | Path,
+        timeout: float = 120,
+        *,
+        max_bytes: int = MAX_BYTES,
+        without: Collection[str] = (),
     ) -> list[str]:
         """Copy what is in a folder inside into the folder `local_path`, which is made when missing.
 
         Folders are merged, files that are there already are replaced, each at once, when everything has arrived.
 
-        Files of more than `max_bytes` together, 1 GiB by default, are refused.
+        Files of more than `max_bytes` together, 1 GiB by default, are refused. Entries of the folder itself whose names
+        are in `without` are not looked at.
 
         Returns:
             What was left out, being neither a regular file nor a folder: paths below `relpath`, made printable. Of what
             is there this is, as the contents are, the session's own word.
         """
-        return await self._carry(_Download(_inside(relpath), _local(local_path), "directory", max_bytes), timeout)
+        transfer = _Download(_inside(relpath), _local(local_path), "directory", max_bytes)
+        transfer.request["without"] = [str(name) for name in without]
+        return await self._carry(transfer, timeout)
 
     async def delete_file(self, relpath: str, timeout: float = 120) -> None:
         """Remove a file inside, or whatever else is there but a folder; of a symbolic link the link itself."""

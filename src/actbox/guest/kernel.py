@@ -22,7 +22,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..protocol import frames
-from . import branching, interrupts
+from . import branching, folders, interrupts
 from . import shell as shells
 from .interrupts import Interrupts
 from .output import THREAD, Channel
@@ -69,6 +69,7 @@ class Kernel:
         self._pid = os.getpid()
         self._limits: dict[str, Any] = {}
         self._can_fork = False
+        self._folder: folders.PrivateFolder
         self._ready: dict[str, Any] = {}
         self._interrupts = Interrupts(interrupts.slot(memory, 0))
         self._channel = Channel(stream, pipes, self._interrupts)
@@ -85,6 +86,7 @@ class Kernel:
         self._can_fork = bool(start["forks"])
         self._shell.user_ns["_dh"][:] = [pathlib.Path(start["cwd"])]
         self._reloader.watch(start["skills"], self._interrupts)
+        self._folder = folders.PrivateFolder(start["cwd"], self._reloader)
         gc.enable()
         versions = {"python": sys.version.split()[0], "ipython": _ipython_version(), "landlock": start["landlock"]}
         self._ready = {"type": "ready", **versions}
@@ -101,6 +103,8 @@ class Kernel:
             self._answer(frame, self._run_cell)
         elif kind in REQUESTS:
             self._answer(frame, self._transfer)
+        elif kind in folders.REQUESTS:
+            self._answer(frame, self._change_folder)
         elif kind == "fork":
             self._answer(frame, self._fork)
 
@@ -120,6 +124,16 @@ class Kernel:
             return exc
         if left_out:
             reply["left_out"] = left_out
+        return None
+
+    def _change_folder(self, frame: frames.Frame, _reply: dict[str, Any]) -> BaseException | None:
+        try:
+            self._folder.serve(frame.header)
+        except Refused as exc:
+            shells.send_error("FolderRefused", exc.reason, "")
+            return exc
+        except Exception as exc:  # noqa: BLE001 - see _transfer
+            return exc
         return None
 
     def _fork(self, frame: frames.Frame, _reply: dict[str, Any]) -> BaseException | None:

@@ -35,23 +35,26 @@ def pack_file(file: int) -> Generator[bytes, None, None]:
     return _in_chunks(_file(file, os.fstat(file), ALONE))
 
 
-def pack_folder(folder: int, left_out: list[str]) -> Generator[bytes, None, None]:
+def pack_folder(
+    folder: int, left_out: list[str], without: frozenset[bytes] = frozenset()
+) -> Generator[bytes, None, None]:
     """The pieces of an archive of all in a folder, whose descriptor stays the caller's.
 
     What is neither a regular file nor a folder goes into `left_out`, as printable text; an entry that vanishes before
-    it is reached is as if it had never been there.
+    it is reached is as if it had never been there, and so are those entries of the folder itself that are `without`.
 
     Raises:
         Refused: (while iterated) something cannot be read, changes meanwhile, or is more than the bounds of `places`.
     """
-    return _in_chunks(_Walk(left_out).blocks(folder, b"", 1))
+    return _in_chunks(_Walk(left_out, without).blocks(folder, b"", 1))
 
 
 class _Walk:
     """One walk over a tree; counts entries and collects what is left out."""
 
-    def __init__(self, left_out: list[str]) -> None:
+    def __init__(self, left_out: list[str], without: frozenset[bytes]) -> None:
         self._left_out = left_out
+        self._without = without
         self._room = places.MAX_ENTRIES
         self._left_out_room = places.MAX_LEFT_OUT_TEXT
 
@@ -59,6 +62,8 @@ class _Walk:
         names = places.names(folder, self._room)
         self._room -= len(names)
         for name in names:
+            if depth == 1 and name in self._without:
+                continue
             path = prefix + name
             try:
                 found = os.lstat(name, dir_fd=folder).st_mode

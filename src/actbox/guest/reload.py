@@ -49,6 +49,10 @@ class SkillReloader:
         # What the supervisor has imported is no skill: it never imports from a folder that a guest may write.
         self._last = next(reversed(sys.modules))
 
+    def move(self, old: str, new: str) -> None:
+        """A watched folder has been copied, and the copy is what is watched from now on."""
+        self._folders = tuple(f"{new}/" if folder == f"{old}/" else folder for folder in self._folders)
+
     def before_cell(self) -> None:
         """Make imports of this cell see the folders as they are now."""
         for folder in self._folders:

@@ -17,7 +17,7 @@ from .places import Refused
 from .unpacking import Arrival
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from ..protocol.frames import Frame
     from .interrupts import Interrupts
@@ -52,7 +52,7 @@ class Transfers:
             if not parts and (as_file or request["type"] == "delete"):
                 raise Refused("it is a folder, not a regular file")
             if request["type"] == "download":
-                return self._download(int(request["id"]), root, parts, as_file=as_file)
+                return self._download(int(request["id"]), root, parts, request.get("without", ()), as_file=as_file)
             if request["type"] == "upload":
                 self._upload(root, parts, as_file=as_file)
             else:
@@ -61,7 +61,9 @@ class Transfers:
             raise Refused(_reason(exc)) from exc
         return []
 
-    def _download(self, number: int, root: str, parts: list[bytes], *, as_file: bool) -> list[str]:
+    def _download(
+        self, number: int, root: str, parts: list[bytes], without: Iterable[str], *, as_file: bool
+    ) -> list[str]:
         left_out: list[str] = []
         with contextlib.ExitStack() as stack:
             with self._interrupts.held:
@@ -70,7 +72,8 @@ class Transfers:
                     pieces = packing.pack_file(_closed_by(stack, places.open_file(folder, parts[-1])[0]))
                 else:
                     folder = _closed_by(stack, _walk(root, parts, read=True))
-                    pieces = packing.pack_folder(folder, left_out)
+                    unwanted = frozenset(os.fsencode(str(name)) for name in without)
+                    pieces = packing.pack_folder(folder, left_out, unwanted)
                 stack.callback(pieces.close)
             while (piece := self._next(pieces)) is not None:
                 self._channel.send({"type": "archive", "id": number}, piece)
