@@ -327,6 +327,41 @@ def test_a_type_nested_to_any_depth_is_refused(depth: int) -> None:
         messages.decode(decoder.next_frame() or Frame({}, b""))
 
 
+@pytest.mark.parametrize("depth", [201, 500, 900])
+def test_metadata_nested_too_deeply_is_a_protocol_error(depth: int) -> None:
+    metadata = json.loads('{"a":' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(ProtocolError):
+        messages.decode(Frame({"type": "display_data", "parts": [], "metadata": metadata}, b""))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [b"[" * 300 + b"]" * 300, b"[" + b"[]," * 700_000 + b"0]", b'{"a":' * 300 + b"0" + b"}" * 300],
+    ids=["deep list", "many lists", "deep object"],
+)
+def test_json_that_costs_more_than_it_shows_is_left_out_and_counted(block: bytes) -> None:
+    parts = [["text/plain", "text", 1], ["application/json", "json", len(block)]]
+    message = messages.decode(
+        Frame({"type": "display_data", "parts": parts, "metadata": {}, "left_out": 2}, b"x" + block)
+    )
+    assert message == DisplayData({"text/plain": "x"}, {}, None, 3)
+
+
+@pytest.mark.parametrize("header", [{"type": "stream", "name": "stdout"}, {"type": "error", "ename": "", "evalue": ""}])
+def test_a_piece_of_text_has_a_bound(header: dict[str, Any]) -> None:
+    messages.decode(Frame(header, b"x" * (1 << 20)))
+    with pytest.raises(ProtocolError):
+        messages.decode(Frame(header, b"x" * (2 << 20) + b"x"))
+
+
+def test_a_header_nested_too_deeply_is_not_encoded() -> None:
+    header: dict[str, Any] = {}
+    for _ in range(5000):
+        header = {"a": header}
+    with pytest.raises(FrameError):
+        encode(header)
+
+
 def test_numbers_that_json_does_not_have_become_their_names() -> None:
     block = b'{"a":[NaN,Infinity,-Infinity]}'
     header: dict[str, Any] = {"type": "display_data", "metadata": {}}

@@ -225,10 +225,12 @@ async def _outward(session: Session, link: Link) -> None:
     violation = None
     try:
         while (frame := await session.receive()) is not None:
-            if frame.header.get("type") in _GATEWAY_TYPES:
+            kind = frame.header.get("type")
+            if not isinstance(kind, str) or kind in _GATEWAY_TYPES:
                 raise ProtocolError("the kernel spoke for the gateway")
             await link.send(frame.header, frame.payload)
-    except ProtocolError as exc:
+    except (ProtocolError, frames.FrameError) as exc:
+        # A header that was within its bounds as it came may not be as we would write it.
         violation = str(exc)
         session.kill()
     exit_ = await session.exited(_EXIT_SECONDS / 5)

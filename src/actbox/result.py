@@ -358,4 +358,6 @@ def _content_size(value: object) -> int:
         return len(value)
     if isinstance(value, str):
         return _text_size(value)
-    return len(repr(value))
+    # Of an empty list the two letters are the least.
+    text = repr(value)
+    return len(text) + _OVERHEAD * sum(map(text.count, ",[{"))

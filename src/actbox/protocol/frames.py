@@ -45,9 +45,12 @@ def encode(header: dict[str, Any], payload: bytes = b"") -> bytes:
     """One frame as bytes.
 
     Raises:
-        FrameError: header or payload are over their bounds.
+        FrameError: header or payload are over their bounds, or the header is nested too deeply.
     """
-    head = _to_json(header).encode()
+    try:
+        head = _to_json(header).encode()
+    except RecursionError as exc:
+        raise FrameError("the header is nested too deeply") from exc
     if len(head) > MAX_HEADER or len(payload) > MAX_PAYLOAD:
         raise FrameError(f"frame too large: header {len(head)}, payload {len(payload)} bytes")
     return b"".join((PREFIX.pack(len(head), len(payload)), head, payload))

@@ -25,6 +25,11 @@ _MAX_NAME = 256
 # Bytes of one piece of an archive, and names left out of one.
 MAX_PIECE = 256 << 10
 _MAX_LEFT_OUT = 1000
+# Bytes of one piece of text: what a kernel of ours sends at the most is 1 MiB.
+_MAX_TEXT = 2 << 20
+# A key or value of JSON may be two bytes on the wire and a hundred here, and deeper ones than these nobody shows.
+_MAX_VALUES = 1_000_000
+_MAX_DEPTH = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +84,20 @@ def decode(frame: Frame) -> Message:
     match header.get("type"):
         case "stream":
             name = header.get("name")
-            if name in ("stdout", "stderr"):
+            if name in ("stdout", "stderr") and len(frame.payload) <= _MAX_TEXT:
                 return Stream(name, frame.payload.decode("utf-8", "replace"))
         case "display_data":
-            return DisplayData(_bundle(frame), _mapping(header), _display_id(header), _left_out(header))
+            data, left_out = _bundle(frame)
+            return DisplayData(data, _mapping(header), _display_id(header), left_out)
         case "update_display_data":
-            return UpdateDisplayData(_bundle(frame), _mapping(header), _display_id(header), _left_out(header))
+            data, left_out = _bundle(frame)
+            return UpdateDisplayData(data, _mapping(header), _display_id(header), left_out)
         case "execute_result":
-            count = _number(header, "execution_count")
-            return ExecuteResult(_bundle(frame), _mapping(header), count, _left_out(header))
+            data, left_out = _bundle(frame)
+            return ExecuteResult(data, _mapping(header), _number(header, "execution_count"), left_out)
         case "clear_output":
             return ClearOutput(wait=header.get("wait") is True)
-        case "error":
+        case "error" if len(frame.payload) <= _MAX_TEXT:
             trace = frame.payload.decode("utf-8", "replace")
             return Error(_text(header, "ename"), _text(header, "evalue"), trace)
         case "execute_reply":
@@ -103,9 +110,8 @@ def decode(frame: Frame) -> Message:
                     _names(header),
                     header.get("limit"),
                 )
-        case "archive":
-            if len(frame.payload) <= MAX_PIECE:
-                return Archive(_number(header, "id"), frame.payload)
+        case "archive" if len(frame.payload) <= MAX_PIECE:
+            return Archive(_number(header, "id"), frame.payload)
         case "ready":
             landlock = _number(header, "landlock") if "landlock" in header else 0
             return Ready(_text(header, "python")[:_MAX_NAME], _text(header, "ipython")[:_MAX_NAME], landlock)
@@ -116,23 +122,33 @@ def decode(frame: Frame) -> Message:
     raise ProtocolError(f"the kernel sent a message that it may not send: {ascii(header.get('type'))[:80]}")
 
 
-def _bundle(frame: Frame) -> dict[str, Any]:
+def _bundle(frame: Frame) -> tuple[dict[str, Any], int]:
+    """A display's formats, and how many are missing: left out by the kernel, or too costly to hold here."""
     parts: Any = frame.header.get("parts")
     if type(parts) is not list or len(cast("list[Any]", parts)) > _MAX_PARTS:
         raise ProtocolError("a display without a list of parts")
+    left_out = _number(frame.header, "left_out") if "left_out" in frame.header else 0
     data: dict[str, Any] = {}
-    start = 0
+    start, values = 0, 0
     for part in cast("list[Any]", parts):
         match part:
             case [str(mime), str(form), int(size)] if len(mime) <= _MAX_NAME and size >= 0:
                 block = frame.payload[start : start + size]
                 if len(block) != size:
                     raise ProtocolError("a display whose parts are longer than its payload")
-                data[_valid(mime)] = _content(form, block)
                 start += size
+                if form == "json":
+                    values += sum(map(block.count, (b",", b":", b"[", b"{")))
+                    if values > _MAX_VALUES:
+                        left_out += 1
+                        continue
+                try:
+                    data[_valid(mime)] = _content(form, block)
+                except _TooDeep:
+                    left_out += 1
             case _:
                 raise ProtocolError("a display with a malformed part")
-    return data
+    return data, left_out
 
 
 def _content(form: str, block: bytes) -> Any:
@@ -162,10 +178,6 @@ def _display_id(header: dict[str, Any]) -> str | None:
     return _text(header, "display_id")[:_MAX_NAME]
 
 
-def _left_out(header: dict[str, Any]) -> int:
-    return _number(header, "left_out") if "left_out" in header else 0
-
-
 def _names(header: dict[str, Any]) -> tuple[str, ...]:
     match header.get("left_out"):
         case None:
@@ -193,16 +205,31 @@ def _valid(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _without_surrogates(value: Any) -> Any:
-    """A JSON value all of whose texts can be encoded; its depth is bounded by the parser that made it."""
+class _TooDeep(ProtocolError):
+    pass
+
+
+def _without_surrogates(value: Any, depth: int = 0) -> Any:
+    """A JSON value all of whose texts can be encoded.
+
+    Raises:
+        _TooDeep: it is nested deeper than anything that is shown: whoever walks it later needs the room too.
+    """
+    if depth > _MAX_DEPTH:
+        raise _TooDeep("JSON nested too deeply")
     match value:
         case str():
             return _valid(value)
         case list():
-            return [_without_surrogates(item) for item in cast("list[Any]", value)]
+            items = cast("list[Any]", value)
+            for index, item in enumerate(items):
+                items[index] = _without_surrogates(item, depth + 1)
+            return items
         case dict():
-            pairs = cast("dict[str, Any]", value).items()
-            return {_valid(name): _without_surrogates(item) for name, item in pairs}
+            pairs: dict[str, Any] = {}
+            for name, item in cast("dict[str, Any]", value).items():
+                pairs[_valid(name)] = _without_surrogates(item, depth + 1)
+            return pairs
         case _:
             return value
 
