@@ -15,6 +15,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from actbox.errors import ConnectionError, SandboxUnavailable
+from actbox.protocol import frames
+from actbox.protocol.messages import legible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +52,7 @@ class Supervision:
         self._on_gone = on_gone
         self._lock = threading.Lock()
         self._gone = False
+        self._preload: frozenset[str] = frozenset()
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._warmed = asyncio.Event()
@@ -69,6 +72,7 @@ class Supervision:
             ConnectionError: it ended, or gave no sign within 60 s.
         """
         layout = self._boundary.layout
+        self._preload = frozenset(preload)
         message = {
             "binds": binds,
             "preload": list(preload),
@@ -166,16 +170,22 @@ class Supervision:
             return
         except OSError:
             data = b""
-        if not data:
+        try:
+            message = frames.parse_header(data) if data else None
+        except frames.FrameError as exc:
+            logger.error("the supervisor broke the rules, and is taken for gone: %s", exc)  # noqa: TRY400 - no bug of ours
+            message = None
+        if message is None:
             self._loop.remove_reader(self._control)
             self._end()
             self._on_gone()
             return
-        message: dict[str, Any] = json.loads(data)
         match message:
             case {"op": "preload-failed", "module": str(module), "error": str(error)}:
-                self.preload_errors[module] = error
-                logger.warning("the module %s could not be loaded ahead: %s", module, error)
+                # An exception's text is a library's own word.
+                if module in self._preload:
+                    self.preload_errors[module] = error
+                    logger.warning("the module %s could not be loaded ahead: %s", module, legible(error))
             case {"op": "warm"}:
                 self._warmed.set()
             case _:
