@@ -613,7 +613,7 @@ class ExecutionClient(FileTransfers):
             return Interrupted(state_kept=False)
         if exit_ is not None and exit_.killed and not lives_on:
             return Lost("the session was closed")
-        if exit_ is not None and exit_.begun != cell and not execution.has_output:
+        if exit_ is not None and exit_.begun is not None and exit_.begun < cell and not execution.has_output:
             return None
         return Died(reason="it closed its stream and was killed") if lives_on else _death(exit_)
 

@@ -18,7 +18,8 @@ from actbox import sessions
 from actbox.errors import ConnectionError
 from actbox.events import Overrun
 from actbox.link import Link
-from actbox.sessions import Exit, read_overrun
+from actbox.protocol import frames
+from actbox.sessions import Exit, read_overrun, read_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,6 +188,9 @@ class LocalSession:
     def kill(self) -> None:
         self._killed = True
         self._order({"op": "kill"})
+        if self._exit is not None and self._link is not None:
+            # Whoever still holds the other end was said to be dead.
+            self._link.close()
         self._family.end()
 
     def _order(self, order: dict[str, Any]) -> None:
@@ -241,8 +245,16 @@ class LocalSession:
         ancillary: list[tuple[int, int, bytes]] = []
         with contextlib.suppress(BlockingIOError, OSError):
             if self._watch is not None:
-                data, ancillary, _, _ = self._watch.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS.size))
-        news: dict[str, Any] = json.loads(data) if data else {}
+                # Room for credentials would hold descriptors too, where the system sends none.
+                room = 0 if self._family.group is None else socket.CMSG_SPACE(_CREDENTIALS.size)
+                data, ancillary, _, _ = self._watch.recvmsg(4096, room)
+        news: dict[str, Any] = {}
+        try:
+            news = frames.parse_header(data) if data else {}
+        except frames.FrameError as exc:
+            # It is of no more use: its socket is closed below, which ends it.
+            logger.error("a session's watcher broke the rules, and is taken for gone: %s", exc)  # noqa: TRY400 - no bug of ours
+            data = b""
         if "hello" in news:
             self._join(ancillary)
             return
@@ -252,10 +264,11 @@ class LocalSession:
                 self.pass_on(overrun)
             return
         self._stop_hearing()
+        begun = news.get("begun")
         exit_ = Exit(
-            news.get("status"),
-            news.get("begun") or 0,
-            killed=self._killed or bool(news.get("killed")),
+            read_status(news.get("status")),
+            begun if type(begun) is int and begun >= 0 else None,
+            killed=self._killed or news.get("killed") is True,
             overrun=read_overrun(news.get("limit"), self.limits) or self._overrun,
         )
         if self._family.is_alone:

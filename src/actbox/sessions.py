@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,13 +37,13 @@ class Exit:
     """How a session ended, as the supervisor saw it.
 
     `status` is the kernel's wait status, None if it was not the kernel that ended; `begun` the last cell that it had
-    begun; `killed` says that the host asked for it; `gone` that the whole container went; `memory_limit` is set when
-    the machine ran out of memory then; `overrun` says which limit of the session's was passed, if that is why;
-    `violation` says which rule of the wire a gateway saw broken.
+    begun, None if nobody knows; `killed` says that the host asked for it; `gone` that the whole container went;
+    `memory_limit` is set when the machine ran out of memory then; `overrun` says which limit of the session's was
+    passed, if that is why; `violation` says which rule of the wire a gateway saw broken.
     """
 
     status: int | None = None
-    begun: int = 0
+    begun: int | None = None
     killed: bool = False
     gone: bool = False
     memory_limit: int | None = None
@@ -187,6 +188,13 @@ def read_overrun(told: object, limits: Limits) -> Overrun | None:
             return None
 
 
+def read_status(told: object) -> int | None:
+    """A wait status of a process that has ended; None for anything else."""
+    if type(told) is int and 0 <= told < 1 << 16 and (os.WIFEXITED(told) or os.WIFSIGNALED(told)):
+        return told
+    return None
+
+
 def _is_pong(frame: Frame) -> bool:
     """A gateway's sign of life: that it arrived is all it says."""
     return frame.header.get("type") == "pong"
@@ -305,11 +313,10 @@ class _RemoteSession:
             if frame.header.get("type") == "exited":
                 fact = frame.header
                 limit = fact.get("memory_limit")
-                status = fact.get("status")
                 begun = fact.get("begun")
                 self._exit = Exit(
-                    status if isinstance(status, int) else None,
-                    begun if isinstance(begun, int) else 0,
+                    read_status(fact.get("status")),
+                    begun if type(begun) is int else None,
                     killed=fact.get("killed") is True,
                     gone=fact.get("gone") is True,
                     memory_limit=limit if isinstance(limit, int) else None,
