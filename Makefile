@@ -3,15 +3,17 @@
 #   make setup     .venv with all that is locked; PYTHON=... chooses the interpreter
 #   make demo      a real data set analysed in a sandbox
 #   make test      the tests; ARGS="-k name" narrows them
+#   make fuzz      frames from a fuzzer, for SECONDS=60
 #   make check     lint, format, types, lock
 #   make bench     the measurements of the docs; those of Docker where there is an engine for them
 #   make clean     remove all that this file makes
 
 SHELL := /bin/sh
-.PHONY: setup demo test check bench clean FORCE
+.PHONY: setup demo test fuzz check bench clean FORCE
 
 PYTHON ?=
 ARGS ?=
+SECONDS ?= 60
 UV := .tools/bin/uv
 # Of the caller's shell these would lead uv to another environment, or leave ours without bytecode, which a sandbox that
 # shows it read-only could never add.
@@ -46,6 +48,9 @@ demo: setup
 
 test: setup
 	.venv/bin/python -m pytest $(ARGS)
+
+fuzz: setup
+	.venv/bin/python tests/fuzz_frames.py --seconds $(SECONDS)
 
 check: setup
 	.venv/bin/ruff check
