@@ -4,16 +4,18 @@
 #   make demo      a real data set analysed in a sandbox
 #   make test      the tests; ARGS="-k name" narrows them
 #   make fuzz      frames from a fuzzer, for SECONDS=60
+#   make soak      SESSIONS=2000 with faults at random; ARGS="--seed N" and the like
 #   make check     lint, format, types, lock
 #   make bench     the measurements of the docs; those of Docker where there is an engine for them
 #   make clean     remove all that this file makes
 
 SHELL := /bin/sh
-.PHONY: setup demo test fuzz check bench clean FORCE
+.PHONY: setup demo test fuzz soak check bench clean FORCE
 
 PYTHON ?=
 ARGS ?=
 SECONDS ?= 60
+SESSIONS ?= 2000
 UV := .tools/bin/uv
 # Of the caller's shell these would lead uv to another environment, or leave ours without bytecode, which a sandbox that
 # shows it read-only could never add.
@@ -51,6 +53,9 @@ test: setup
 
 fuzz: setup
 	.venv/bin/python tests/fuzz_frames.py --seconds $(SECONDS)
+
+soak: setup
+	.venv/bin/python benchmarks/soak.py --sessions $(SESSIONS) $(ARGS)
 
 check: setup
 	.venv/bin/ruff check
