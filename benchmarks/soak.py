@@ -156,7 +156,7 @@ class Soak:
                 self.slots[self.slots.index(old)] = await self._start(old.engine)
 
     async def _session(self, number: int) -> None:
-        slot = self.choose.choice([slot for slot in self.slots if not slot.doomed] or self.slots)
+        slot = await self._choose_slot()
         kinds = [kind for kind in _KINDS if slot.engine == "bubblewrap" or kind not in _FROM_OUTSIDE]
         weights = [_KINDS[kind][1] for kind in kinds]
         plan = self.choose.choices(kinds, weights, k=self.choose.randint(1, 4))
@@ -181,6 +181,12 @@ class Soak:
             self._judge(slot, cell)
         self._judge_session(cells, ends, executor.working_dir / "journal")
         await asyncio.to_thread(shutil.rmtree, executor.working_dir, ignore_errors=True)
+
+    async def _choose_slot(self) -> _Slot:
+        """One whose container runs; where all are being ended, wait for the next."""
+        while not (running := [slot for slot in self.slots if not slot.doomed]):  # noqa: ASYNC110 - a moment
+            await asyncio.sleep(0.01)
+        return self.choose.choice(running)
 
     def _refused(self, slot: _Slot, exc: ActboxError) -> None:
         if slot.doomed:
