@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import layers
 import memory
 import report
 from contenders import Actbox, Container, Contender, Jupyter, Session
@@ -39,6 +40,8 @@ _PACKAGES = ("actbox", "ipython", "ipykernel", "jupyter-client", "pyzmq", "numpy
 _MILLI = 1e3
 _MIB = 1 << 20
 _SETTLE_SECONDS = 0.2
+# The kernel's word for the mode of filtering system calls.
+_IS_FILTERED = "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('Seccomp:')][0])"
 
 T = TypeVar("T")
 
@@ -133,6 +136,37 @@ async def measure(counts: Counts, ours: Contender, theirs: Contender, tell: Call
         Row("print loop", "prints/ms", _in(1, loops, _itself), more_is_better=True),
         Row("interrupt of an endless loop", "ms", _in(_MILLI, interrupts, _itself)),
     ]
+
+
+async def measure_layers(counts: Counts, whole: Actbox, bare: Actbox, folder: Path) -> list[Row]:
+    """The cost of the layers inside: `bare` has its containers started without them."""
+    in_turn = functools.partial(_in_turn, counts.warm_up)
+    async with contextlib.AsyncExitStack() as opened:
+        with layers.switched_off(folder):
+            without = await opened.enter_async_context(bare.container())
+        within = await opened.enter_async_context(whole.container())
+        a, b = [await opened.enter_async_context(one.session()) for one in (within, without)]
+        for container, session in ((within, a), (without, b)):
+            await container.warmed()
+            await session.run(IMPORTS)
+        # They are other sandboxes indeed, or nothing is compared.
+        _expect([(await one.run(_IS_FILTERED)).strip() for one in (a, b)], ["2", "0"])
+        starts = await in_turn(counts.sessions, lambda: _opened(within), lambda: _opened(without))
+        trips = await in_turn(counts.blocks, lambda: _trips(a, counts.block), lambda: _trips(b, counts.block))
+    flat = tuple([seconds for block in side for seconds in block] for side in trips)
+    return [
+        Row("session start, until `1+1` has its result", "ms", _in(_MILLI, starts, _itself)),
+        Row("round trip of `1+1`", "ms", _in(_MILLI, (flat[0], flat[1]), _itself)),
+    ]
+
+
+async def _opened(container: Container) -> float:
+    # What is made ahead for it is there by then.
+    await asyncio.sleep(_SETTLE_SECONDS)
+    began = time.perf_counter()
+    async with container.session() as session:
+        _expect((await session.run("1+1")).strip(), "2")
+        return time.perf_counter() - began
 
 
 async def _in_turn(
@@ -262,16 +296,18 @@ def facts(isolation: str) -> dict[str, str]:
     }
 
 
-async def run(counts: Counts, tell: Callable[[str], None]) -> tuple[list[Row], Jupyter, dict[str, str]]:
+async def run(counts: Counts, tell: Callable[[str], None]) -> tuple[list[Row], list[Row], Jupyter, dict[str, str]]:
     """Measure, with all folders in a temporary one."""
     load = facts("")["Load before"]
     with tempfile.TemporaryDirectory(prefix="actbox-bench-") as name:
         ours, theirs = Actbox(Path(name)), Jupyter(Path(name))
         rows = await measure(counts, ours, theirs, tell)
-    return rows, theirs, facts(ours.isolation) | {"Load before": load}
+        tell("layers")
+        costs = await measure_layers(counts, ours, Actbox(Path(name, "bare")), Path(name))
+    return rows, costs, theirs, facts(ours.isolation) | {"Load before": load}
 
 
-async def _until_told(counts: Counts) -> tuple[list[Row], Jupyter, dict[str, str]]:
+async def _until_told(counts: Counts) -> tuple[list[Row], list[Row], Jupyter, dict[str, str]]:
     """`run`, ended in order by SIGTERM as by SIGINT."""
     task = asyncio.current_task()
     assert task is not None
@@ -286,17 +322,18 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md too")
     arguments = parser.parse_args()
     try:
-        rows, peer, where = asyncio.run(_until_told(QUICK if arguments.quick else FULL))
+        rows, costs, peer, where = asyncio.run(_until_told(QUICK if arguments.quick else FULL))
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("bench: interrupted", file=sys.stderr)
         return 130
     print(report.table(rows, peer.name), end="\n\n")
+    print(report.costs(costs), end="\n\n")
     for name, value in where.items():
         print(f"{name}: {value}")
     if arguments.write:
         command = f"python benchmarks/{Path(__file__).name} --write{' --quick' if arguments.quick else ''}"
         today = dt.datetime.now(tz=dt.UTC).date()
-        PAGE.write_text(report.page(rows, peer.name, where, today, command), encoding="utf-8")
+        PAGE.write_text(report.page(rows, costs, peer.name, where, today, command), encoding="utf-8")
         print(f"written: {PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE}")
     return 0
 

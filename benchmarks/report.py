@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     Pair = tuple[Sequence[float], Sequence[float]]
 
 COMMAND = "make bench"
+# By so much of what it is without them may the layers make a thing slower, or the page says why.
+MOST_GROWTH = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +57,41 @@ def table(rows: Sequence[Row], peer: str) -> str:
         aim = "" if row.aim is None else f"{row.aim:g}"
         what = f"{row.what}, {row.unit}{mark}"
         lines.append((what, *map(_spread, row.values), f"{row.ratio:.1f}", aim, row.verdict))
+    notes = [f"[{_mark(rows, number)}] {row.note}" for number, row in enumerate(rows) if row.note]
+    return "\n".join(_aligned(lines) if not notes else [*_aligned(lines), "", *notes])
+
+
+def costs(rows: Sequence[Row]) -> str:
+    """What something costs, as a Markdown table: `values` are those with it and without it, less is better."""
+    lines: list[Sequence[str]] = [("", "all layers", "without", "growth", f"at most {MOST_GROWTH:.0%}")]
+    for row in rows:
+        growth = 1 / row.ratio - 1
+        met = "yes" if growth <= MOST_GROWTH else "no"
+        lines.append((f"{row.what}, {row.unit}", *map(_spread, row.values), f"{growth:+.0%}", met))
+    return "\n".join(_aligned(lines))
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rule = "|".join(
         "-" * (widths[0] + 2) if column == 0 else f"{'-' * (width + 1)}:" for column, width in enumerate(widths)
     )
-    text = [_line(lines[0], widths), f"|{rule}|", *(_line(line, widths) for line in lines[1:])]
-    notes = [f"[{_mark(rows, number)}] {row.note}" for number, row in enumerate(rows) if row.note]
-    return "\n".join(text if not notes else [*text, "", *notes])
+    return [_line(lines[0], widths), f"|{rule}|", *(_line(line, widths) for line in lines[1:])]
 
 
-def page(rows: Sequence[Row], peer: str, facts: Mapping[str, str], day: date, command: str = COMMAND) -> str:
+def page(
+    rows: Sequence[Row],
+    cost: Sequence[Row],
+    peer: str,
+    facts: Mapping[str, str],
+    day: date,
+    command: str = COMMAND,
+) -> str:
     """The page of the docs: what was measured, where, how, and what came out."""
     machine = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    return _PAGE.format(table=table(rows, peer), machine=machine, day=day.isoformat(), command=command)
+    return _PAGE.format(
+        table=table(rows, peer), costs=costs(cost), machine=machine, day=day.isoformat(), command=command
+    )
 
 
 def _mark(rows: Sequence[Row], number: int) -> int:
@@ -130,6 +154,17 @@ only adds to its numbers. Both run the same interpreter and the same libraries f
 
 Runs alternate, one of actbox and one of the peer, so that what else the machine does meets both; the first run of each
 is not counted.
+
+## What the layers cost
+
+{costs}
+
+Both have the outer boundary, bubblewrap's. The layers are those that the guest code builds inside it: namespaces and a
+root for each session, Landlock, both system call filters, limits, no capabilities, the watchdog's looks. In *without*
+each is left out, in a copy of the guest code that only this measurement uses. Sessions are opened one after the other,
+each when the one made ahead for it is there; runs alternate as above. Proxies for `network=` are off.
+What is done ahead of need (the fork, the namespaces) is in neither number; what a start has more is its own root, built
+mount by mount, and the filter.
 
 ## Where
 

@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,11 +74,19 @@ def test_table_shows_medians_spreads_and_notes(report: Any) -> None:
     assert report.table(rows, "peer") == TABLE
 
 
+def test_a_cost_is_the_growth_of_the_medians_and_has_a_bound(report: Any) -> None:
+    rows = [report.Row("trip", "ms", ((1.0, 1.2), (1.0, 1.0))), report.Row("start", "ms", ((13.0,), (10.0,)))]
+    first, second = report.costs(rows).splitlines()[2:]
+    assert re.sub(r" +", " ", first) == "| trip, ms | 1.10 (1.00-1.20) | 1.00 (1.00-1.00) | +10% | yes |"
+    assert re.sub(r" +", " ", second) == "| start, ms | 13.0 (13.0-13.0) | 10.0 (10.0-10.0) | +30% | no |"
+
+
 def test_page_names_command_day_machine_and_table(report: Any) -> None:
     rows = [report.Row("trip", "ms", ((1.0,), (8.0,)), aim=8)]
-    page = report.page(rows, "peer", {"CPUs": "2"}, date(2030, 1, 2), "make bench")
+    page = report.page(rows, rows, "peer", {"CPUs": "2"}, date(2030, 1, 2), "make bench")
     assert "Written by `make bench` on 2030-01-02" in page
     assert report.table(rows, "peer") in page
+    assert report.costs(rows) in page
     assert page.endswith("- CPUs: 2\n")
 
 
@@ -123,6 +132,8 @@ async def test_quick_run_measures_everything() -> None:
         "print loop",
         "interrupt",
         "close",
+        "session start, until",
+        "all layers",
         "Packages: actbox",
     ):
         assert what in text
