@@ -350,6 +350,7 @@ def test_the_name_of_an_only_file_is_the_receivers_alone(tmp_path: Path) -> None
 def test_any_change_to_an_archive_is_refused_or_unpacked_within_the_folder(
     tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]], cut: int, piece: int
 ) -> None:
+    """A25."""
     data = bytearray(
         member("a", tarfile.DIRTYPE)
         + member("a/é", data=b"12345")
@@ -369,6 +370,7 @@ def test_any_change_to_an_archive_is_refused_or_unpacked_within_the_folder(
 
 @given(noise=st.binary(max_size=3000))
 def test_noise_is_refused(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
+    """A25."""
     folder = tmp_path_factory.mktemp("noise")
     with pytest.raises(Refused):
         unpack(noise, folder)
@@ -411,7 +413,7 @@ def in_the_way(kind: str, path: Path, elsewhere: Path) -> None:
     ],
 )
 def test_nothing_is_written_through_a_link_or_over_another_kind(tmp_path: Path, kind: str, arriving: bytes) -> None:
-    """And what would have had its place stays away too."""
+    """A14, A25: and what would have had its place stays away too."""
     elsewhere, target = tmp_path / "elsewhere", tmp_path / "target"
     target.mkdir()
     if kind == "link to a folder":
@@ -631,6 +633,7 @@ def test_names_too_long_to_be_told_refuse_the_whole(tmp_path: Path) -> None:
     ],
 )
 def test_a_path_inside_is_below_app_or_tmp(path: str, root: str, below: str) -> None:
+    """A15."""
     assert places.split(path) == (root, [os.fsencode(part) for part in below.split("/") if part])
 
 

@@ -523,6 +523,7 @@ def assert_harmless(output: bytes) -> None:
 
 @one_engine
 def test_escape_sequences_from_inside_do_not_come_out(cli: Cli) -> None:
+    """F5, F6."""
     done = cli("run", "-c", PRINT_ALL)
     assert done.returncode == ExitCode.ERROR
     assert "\r" not in done.stdout + done.stderr
@@ -533,6 +534,7 @@ def test_escape_sequences_from_inside_do_not_come_out(cli: Cli) -> None:
 
 @one_engine
 def test_at_a_terminal_only_colors_of_a_traceback_come_out(begin: Callable[..., Running]) -> None:
+    """F6."""
     running = begin("run", "-c", PRINT_ALL, terminal=True)
     assert running.end() == ExitCode.ERROR
     # A terminal makes "\r\n" of each newline; the only other "\r" are of the line that says what is waited for.
@@ -627,6 +629,7 @@ def test_json_tells_how_it_ended(cli: Cli, arguments: list[str], code: int, fact
 @pytest.mark.parametrize("body", ["[1e999, -1e999]", *("[" * depth + "]" * depth for depth in (200, 400, 480, 900))])
 def test_json_is_json_whatever_the_guest_displays(cli: Cli, body: str) -> None:
     # The guest's own encoder refuses most of it: what is sent is made by hand, as a hostile guest would.
+    """F6."""
     display = (
         "from actbox_guest.guest import shell\n"
         f"body = {body!r}.encode()\n"
@@ -822,6 +825,8 @@ def test_doctor_as_json(cli: Cli) -> None:
 def test_doctor_shows_weaker_layers_and_hostile_details_harmlessly(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """F6."""
+
     async def examine(*_: object, **__: object) -> list[Layer]:
         return [Layer("fine", "on", "is\x1b[2J on"), Layer("sessions apart", "weaker", "one\neach", "Do\nthis.")]
 
@@ -855,6 +860,8 @@ def test_the_help_lists_every_exit_code(capsys: pytest.CaptureFixture[str], argu
 def test_what_the_host_says_of_a_failure_is_one_harmless_line(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], workspace_path: Path
 ) -> None:
+    """F6, G18."""
+
     async def fail(*_: object) -> None:
         raise SandboxUnavailable("layer", "said \x1b]0;t\x07\nmuch", "Mend it.")
 

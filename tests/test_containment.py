@@ -806,7 +806,7 @@ def check_docker_files(found: list[str]) -> None:
 async def test_nothing_of_the_host_is_seen_but_what_is_shown(
     container: CodeExecutionContainer, executor: CodeExecutor, tmp_path: Path, engine: str
 ) -> None:
-    """A1: files of the system, of its users, of this test, of the workspace by its place on the host."""
+    """A1, C9: files of the system, of its users, of this test, of the workspace by its place on the host."""
     canary = tmp_path / "canary"
     canary.write_text("of the host", encoding="ascii")
     paths = [str(canary), str(tmp_path), str(container.workspace.path)]
@@ -824,7 +824,7 @@ async def test_nothing_of_the_host_is_seen_but_what_is_shown(
 
 
 async def test_the_system_cannot_be_written(executor: CodeExecutor, engine: str) -> None:
-    """A2: what is shown of the system is read-only, new names and old ones."""
+    """A2, A32: what is shown of the system is read-only, new names and old ones."""
     paths = ["/usr/x", "/usr/bin/x", "/etc/x", "/opt/x", "/opt/actbox/x"]
     paths += ["/var/tmp/x", "/home/x"] if engine == "docker" else ["/opt/actbox/env/x", "/opt/actbox/guest/x"]
     assert set((await inside(executor, created, paths)).values()) == {"EROFS"}
@@ -1037,7 +1037,7 @@ def check_descriptors(found: list[dict[str, Any]]) -> None:
 async def test_a_session_holds_no_descriptor_but_its_own(
     workspace_path: Path, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A27: no folder, no socket of the host's network; even if the host is careless with its own descriptors."""
+    """A27, A28: no folder, no socket of the host's network; even if the host is careless with its own descriptors."""
     careless = [os.open(place, os.O_RDONLY) for place in ("/", tmp_path)]
     with socket.create_server(("127.0.0.1", 0)) as server:
         careless.append(os.dup(server.fileno()))
@@ -1110,7 +1110,7 @@ async def test_the_environment_is_a_list_of_our_own(executor: CodeExecutor, engi
 async def test_a_secret_in_the_hosts_environment_is_nowhere_inside(
     workspace_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B2: not in any process's environment or command line, nor in the session's memory (B3)."""
+    """B2, B3: not in any process's environment or command line, nor in the session's memory."""
     secret = secrets.token_hex(16)
     monkeypatch.setenv("SECRET_TOKEN", secret)
     async with (
@@ -1143,7 +1143,7 @@ OUTSIDE = [
 
 
 async def test_nothing_outside_can_be_reached(executor: CodeExecutor) -> None:
-    """C1: neither the internet, nor the local network, nor a cloud's metadata (C8)."""
+    """C1, C8: neither the internet, nor the local network, nor a cloud's metadata."""
     found = await inside(executor, connected, OUTSIDE)
     # EINVAL is what a link-local address without an interface gets, EAFNOSUPPORT a kernel without IPv6.
     assert {answer for name, answer in found.items() if ":" not in name} == {"ENETUNREACH"}

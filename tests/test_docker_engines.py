@@ -141,6 +141,7 @@ async def test_many_sessions_share_one_connection(container: ExecutionContainer,
 
 
 async def test_a_client_that_does_not_read_stalls_nobody(container: ExecutionContainer, relay: Relay) -> None:
+    """G7, G8."""
     async with ExecutionClient(port=container.port) as slow, ExecutionClient(port=container.port) as quick:
         cell = await slow.submit(POUR.format(megabytes=40))
         reading = cell.stream(60)

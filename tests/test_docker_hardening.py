@@ -126,6 +126,7 @@ LEAST_READONLY = {"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysr
 
 @pytest.mark.parametrize("way", ["nested", "separate"])
 async def test_a_container_has_exactly_the_options_it_should(way: str, outside: Outside, workspace_path: Path) -> None:
+    """H15."""
     info = await outside.ask("GET", "info")
     if not info["SwapLimit"]:
         tools.lacking("this machine cannot bound swap")
@@ -304,6 +305,7 @@ async def planned(
 async def test_a_container_that_deviates_is_refused(
     name: str, change: Callable[[dict[str, Any]], None], planned: tuple[plan.Plan, dict[str, Any]]
 ) -> None:
+    """H15."""
     wanted, found = planned
     auditing.audit(wanted, found, podman=False)
     changed = copy.deepcopy(found)
@@ -330,6 +332,7 @@ async def test_what_a_daemon_that_remaps_users_is_asked_for_is_what_it_may_do(
 
 @pytest.mark.parametrize(("way", "stage"), [("nested", "outer"), ("separate", "inner")])
 async def test_the_engines_own_filter_denies_the_attacks(way: str, stage: Stage, outside: Outside) -> None:
+    """H5."""
     async with (
         ExecutionContainer(engine="docker", preload=(), **WAYS[way]) as made,
         ExecutionClient(port=made.port),
@@ -367,6 +370,7 @@ with open("/proc/self/status") as file:
 async def test_a_session_has_no_rights_and_three_filters(
     way: str, outside: Outside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """H1, H9."""
     async with (
         reached_by(way, outside, monkeypatch),
         ExecutionContainer(engine="docker", preload=(), show_pull_progress=False, **WAYS[way]) as made,
@@ -440,6 +444,7 @@ print(json.dumps({
 async def test_two_sessions_see_nothing_of_each_other(
     way: str, outside: Outside, workspace_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """D1, D6, D7."""
     for folder in ("skills/private/first", "skills/private/second", "skills/shared"):
         given(workspace_path / folder)
     given(workspace_path / "skills" / "private")
@@ -532,6 +537,7 @@ print("it fits")
 
 @pytest.mark.parametrize("way", ["nested", "separate"])
 async def test_a_fork_bomb_is_bounded_and_others_go_on(way: str, outside: Outside, workspace_path: Path) -> None:
+    """D15, E1."""
     limits = Limits(pids=64)
     async with (
         coded(workspace_path, way, limits=limits) as made,
@@ -550,6 +556,7 @@ async def test_a_fork_bomb_is_bounded_and_others_go_on(way: str, outside: Outsid
 
 @pytest.mark.parametrize("way", ["nested", "separate"])
 async def test_a_memory_bomb_is_bounded_and_others_go_on(way: str, workspace_path: Path) -> None:
+    """E3."""
     async with (
         coded(workspace_path, way, limits=Limits(memory=256 * MIB)) as made,
         CodeExecutor("bomb", made.workspace, made.port) as bomb,
@@ -649,6 +656,7 @@ async def test_marks_never_stay_behind(
 
 
 async def test_what_is_mounted_below_a_folder_is_not_shown(outside: Outside, tmp_path: Path) -> None:
+    """A1."""
     if not tools.IS_ROOT:
         pytest.skip("only root can mount")
     folder = given(tmp_path / "folder")

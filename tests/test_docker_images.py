@@ -419,6 +419,7 @@ async def test_the_default_image_is_built_at_its_first_use(
 async def test_what_an_image_declares_neither_breaks_nor_widens_a_container(
     *, separate: bool, outside: Outside, names: list[str], workspace_path: Path
 ) -> None:
+    """H15."""
     names.append("actbox-test/declaring")
     tag = await tools.derived(
         outside,

@@ -111,6 +111,7 @@ def relayed(way: str, outside: Outside) -> contextlib.AbstractAsyncContextManage
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_the_containers_of_a_killed_host_end_and_are_removed(way: str, outside: Outside) -> None:
+    """E20."""
     tools.need_runtime(await outside.ask("GET", "info"), way)
     async with relayed(way, outside) as relay:
         with tools.host(way, relay.url) as host:
@@ -126,6 +127,7 @@ async def test_the_containers_of_a_killed_host_end_and_are_removed(way: str, out
 
 @pytest.mark.parametrize("by", ["the next start", "actbox prune"])
 async def test_what_a_host_leaves_that_is_killed_before_its_container_runs_is_reaped(by: str, outside: Outside) -> None:
+    """E20."""
     async with socket_relay(outside.socket) as relay, container() as living:
         gate = relay.gate("POST /containers/+/attach")
         with tools.host("nested", relay.url) as host:
@@ -269,6 +271,8 @@ async def test_a_full_disk_of_the_daemon_is_a_typed_error_and_leaves_nothing(
 
 
 async def test_fifty_containers_leave_nothing(outside: Outside, tmp_path: Path) -> None:
+    """E22."""
+
     async def one(number: int) -> None:
         async with (
             turn,
@@ -393,6 +397,8 @@ async def test_a_start_that_is_cancelled_between_requests_leaves_nothing(
 async def test_a_container_that_is_not_as_planned_is_removed_before_it_runs(
     way: str, error: Exception, outside: Outside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """H15."""
+
     def audit(*_: object, **_more: object) -> None:
         raise error
 

@@ -73,7 +73,8 @@ def refused(host: str, port: int = 443, *, plain: bool = False, network: Network
 
 
 @pytest.mark.parametrize("host", ["ok.com", "OK.COM", "ok.com.", "Ok.CoM."])
-def test_c12_case_and_one_dot_at_the_end_do_not_matter(host: str) -> None:
+def test_case_and_one_dot_at_the_end_do_not_matter(host: str) -> None:
+    """C12."""
     assert allowed(host) == Target("ok.com", 443, plain=False, private=True)
 
 
@@ -84,7 +85,8 @@ def test_c12_case_and_one_dot_at_the_end_do_not_matter(host: str) -> None:
         *("evilwild.org", "a.wild.org.evil.com", "xn--k-fpa.com", "ok.com.com", f"{'a.' * 124}ok.com"),
     ],
 )
-def test_c12_only_whole_labels_of_the_list_match(host: str) -> None:
+def test_only_whole_labels_of_the_list_match(host: str) -> None:
+    """C12."""
     assert refused(host).status == 403
 
 
@@ -92,32 +94,37 @@ def test_c12_only_whole_labels_of_the_list_match(host: str) -> None:
     "host",
     ["ok..com", ".ok.com", "ok.com..", "-ok.com", "ok-.com", f"{'a' * 64}.com", "оk.com", "ok\u3002com", "o_k.com"],
 )
-def test_c12_what_is_no_name_is_refused_as_such(host: str) -> None:
+def test_what_is_no_name_is_refused_as_such(host: str) -> None:
+    """C12."""
     assert refused(host).reason is Reason.NOT_A_NAME
 
 
-def test_c12_a_name_has_at_most_253_characters() -> None:
+def test_a_name_has_at_most_253_characters() -> None:
+    """C12."""
     longest = f"{'a' * 63}.{'b' * 63}.{'c' * 63}.{'d' * 61}"
     assert len(longest) == 253
     assert canonical_host(longest) == canonical_host(f"{longest}.") == longest
     assert canonical_host(f"{longest}d") is None
 
 
-def test_c12_a_suffix_means_what_is_below_it_alone() -> None:
+def test_a_suffix_means_what_is_below_it_alone() -> None:
+    """C12."""
     assert allowed("a.wild.org").host == "a.wild.org"
     assert allowed("A.b.WILD.org.").host == "a.b.wild.org"
     assert refused("wild.org").reason is Reason.NOT_LISTED
 
 
 @pytest.mark.parametrize("host", [*LOOPBACK_SPELLINGS, *ADDRESSES])
-def test_c10_no_spelling_of_an_address_is_a_name(host: str) -> None:
+def test_no_spelling_of_an_address_is_a_name(host: str) -> None:
+    """C10."""
     everything = Network(["*"], dangerously_allow_all=True)
     refusal = refused(host, network=everything)
     assert (refusal.status, refusal.reason) == (403, Reason.NOT_A_NAME)
 
 
 @pytest.mark.parametrize("host", UNUSABLE)
-def test_c11_what_cannot_stand_in_a_host_is_a_malformed_request(host: str) -> None:
+def test_what_cannot_stand_in_a_host_is_a_malformed_request(host: str) -> None:
+    """C11."""
     refusal = refused(host, network=Network(["*", "ok.com"], dangerously_allow_all=True))
     assert (refusal.status, refusal.reason) == (400, Reason.MALFORMED)
     assert refusal.message.isascii()
@@ -131,7 +138,7 @@ def test_c11_what_cannot_stand_in_a_host_is_a_malformed_request(host: str) -> No
 @example("\u212aelvin.com")
 @example("ok.com\n")
 def test_what_is_accepted_is_never_read_as_an_address(text: str) -> None:
-    """The resolver is asked as it would be asked, though it may not look anything up."""
+    """C10: the resolver is asked as it would be asked, though it may not look anything up."""
     name = canonical_host(text)
     if name is None:
         return
@@ -148,7 +155,7 @@ def test_what_is_accepted_is_never_read_as_an_address(text: str) -> None:
 
 
 def test_the_resolver_would_read_what_is_refused_as_loopback() -> None:
-    """That the case before is none of straw: these are addresses to the system's resolver."""
+    """C10: that the case before is none of straw: these are addresses to the system's resolver."""
     for spelling in ("2130706433", "0x7f.1", "127.1", "0177.0.0.1"):
         assert socket.getaddrinfo(spelling, 1, flags=socket.AI_NUMERICHOST)[0][4][0] == "127.0.0.1"
 
@@ -158,6 +165,7 @@ def test_the_resolver_would_read_what_is_refused_as_loopback() -> None:
 @example("ok.com", "ok.com", True)
 @example("ok.com", "a.ok.com", False)
 def test_a_name_matches_by_whole_labels_alone(listed: str, asked: str, wild: bool) -> None:  # noqa: FBT001 - drawn
+    """C12."""
     network = Network([f"*.{listed}" if wild else listed], dangerously_allow_all=True)
     labels, wanted = asked.split("."), listed.split(".")
     below = len(labels) > len(wanted) and labels[-len(wanted) :] == wanted
@@ -176,14 +184,16 @@ def test_what_is_below_a_listed_name_is_allowed_by_a_suffix(front: str, listed: 
 
 
 @pytest.mark.parametrize("port", [22, 25, 80, 6379, 8443, 444])
-def test_c15_other_ports_are_refused(port: int) -> None:
+def test_other_ports_are_refused(port: int) -> None:
+    """C15."""
     assert refused("ok.com", port).reason is Reason.PORT
 
 
 @pytest.mark.parametrize(
     "text", ["0", "65536", "443x", "", "00443", "+443", "4 43", "４４３", "-1", "1e3", "0x1bb", "443\n"]
 )
-def test_c15_a_port_is_plain_digits(text: str) -> None:
+def test_a_port_is_plain_digits(text: str) -> None:
+    """C15."""
     assert canonical_port(text) is None
 
 
@@ -220,19 +230,22 @@ def test_port_80_and_what_begins_with_http_speak_plain_http_and_nothing_else(net
 
 
 @pytest.mark.parametrize("network", [Network(), Network([]), Network(()), Network(dangerously_allow_all=True)])
-def test_c20_an_empty_list_denies_everything(network: Network) -> None:
+def test_an_empty_list_denies_everything(network: Network) -> None:
+    """C20."""
     for host in ("ok.com", "localhost", "a.b.c"):
         assert refused(host, network=network).status == 403
 
 
 @pytest.mark.parametrize("entry", ["*", "*:443", "http://*", "*.com", "*.org.", "*.co.uk", "*.com.au", "*.xn--p1ai"])
-def test_c20_an_entry_for_everybody_must_be_meant(entry: str) -> None:
+def test_an_entry_for_everybody_must_be_meant(entry: str) -> None:
+    """C20."""
     with pytest.raises(InvalidArgument, match="dangerously_allow_all"):
         Network([entry])
     assert Network([entry], dangerously_allow_all=True).rules
 
 
-def test_c20_everything_is_still_only_names_ports_and_public_addresses() -> None:
+def test_everything_is_still_only_names_ports_and_public_addresses() -> None:
+    """C20."""
     network = Network(["*"], dangerously_allow_all=True)
     assert allowed("anything.example", network=network) == Target("anything.example", 443, plain=False, private=False)
     assert refused("anything.example", 22, network=network).reason is Reason.PORT
@@ -270,6 +283,7 @@ def test_c20_everything_is_still_only_names_ports_and_public_addresses() -> None
     ],
 )
 def test_an_entry_is_a_name_or_an_error(entry: str) -> None:
+    """C20."""
     with pytest.raises(InvalidArgument) as caught:
         Network([entry], dangerously_allow_all=True)
     assert caught.value.name == "network.allow"
@@ -372,7 +386,8 @@ PUBLIC = ["1.1.1.1", "8.8.8.8", "151.101.0.223", "2606:4700:4700::1111", "2a04:4
 
 
 @pytest.mark.parametrize("text", NOT_PUBLIC)
-def test_c13_an_address_that_is_not_public_is_dropped(text: str) -> None:
+def test_an_address_that_is_not_public_is_dropped(text: str) -> None:
+    """C13."""
     address = ipaddress.ip_address(text)
     assert not is_public(address)
     refusal = acceptable(TARGET, [address])
@@ -382,7 +397,8 @@ def test_c13_an_address_that_is_not_public_is_dropped(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", PUBLIC)
-def test_c13_a_public_address_is_kept(text: str) -> None:
+def test_a_public_address_is_kept(text: str) -> None:
+    """C13."""
     address = ipaddress.ip_address(text)
     assert is_public(address)
     assert acceptable(TARGET, [ipaddress.ip_address("10.0.0.1"), address]) == (address,)
@@ -390,6 +406,7 @@ def test_c13_a_public_address_is_kept(text: str) -> None:
 
 @given(st.ip_addresses())
 def test_nothing_that_python_calls_private_is_public(address: policy.Address) -> None:
+    """C13."""
     if is_public(address):
         assert address.is_global
         assert not address.is_multicast
@@ -400,6 +417,7 @@ def test_nothing_that_python_calls_private_is_public(address: policy.Address) ->
 @given(st.ip_addresses(v=4), st.sampled_from(["::ffff:0:0", "64:ff9b::", "2002::", "2606:4700::5efe:0:0", "::"]))
 @example(ipaddress.IPv4Address("169.254.169.254"), "64:ff9b::")
 def test_an_address_within_an_address_decides(inner: ipaddress.IPv4Address, block: str) -> None:
+    """C13."""
     shift = 80 if block == "2002::" else 0
     outer = ipaddress.IPv6Address(int(ipaddress.IPv6Address(block)) | int(inner) << shift)
     if int(outer) > 1:
@@ -409,6 +427,7 @@ def test_an_address_within_an_address_decides(inner: ipaddress.IPv4Address, bloc
 
 
 def test_an_ipv4_address_in_disguise_is_connected_to_as_what_it_is() -> None:
+    """C13."""
     assert acceptable(TARGET, [ipaddress.ip_address("::ffff:8.8.8.8")]) == (ipaddress.ip_address("8.8.8.8"),)
 
 
@@ -432,7 +451,8 @@ def test_a_host_named_private_may_be_anywhere_near(text: str) -> None:
         *("168.63.129.16", "100.100.100.200", "224.0.0.251", "255.255.255.255", "ff02::fb", "fe80::1%1", "0.0.0.1"),
     ],
 )
-def test_c8_metadata_and_what_means_no_one_host_are_refused_even_then(text: str) -> None:
+def test_metadata_and_what_means_no_one_host_are_refused_even_then(text: str) -> None:
+    """C8."""
     assert isinstance(acceptable(PRIVATE, [ipaddress.ip_address(text)]), Refusal)
 
 
@@ -480,7 +500,8 @@ def test_connect_names_a_host_and_a_port() -> None:
         ),
     ],
 )
-def test_c15_c17_a_malformed_request_line_is_a_400(line: bytes) -> None:
+def test_a_malformed_request_line_is_a_400(line: bytes) -> None:
+    """C15, C17."""
     refusal = heads.parse(line + b"\r\n\r\n")
     assert isinstance(refusal, Refusal)
     assert refusal.status == 400
@@ -517,7 +538,8 @@ def test_c15_c17_a_malformed_request_line_is_a_400(line: bytes) -> None:
         *(b"Content-Length: 9999999999999999999", "Content-Length: ٣".encode()),
     ],
 )
-def test_c17_a_head_that_can_be_read_in_two_ways_is_a_400(field: bytes) -> None:
+def test_a_head_that_can_be_read_in_two_ways_is_a_400(field: bytes) -> None:
+    """C17."""
     for line in (b"GET http://ok.com/ HTTP/1.1", b"CONNECT ok.com:443 HTTP/1.1"):
         refusal = heads.parse(line + b"\r\n" + field + b"\r\n\r\n")
         assert isinstance(refusal, Refusal)
@@ -528,33 +550,38 @@ def test_c17_a_head_that_can_be_read_in_two_ways_is_a_400(field: bytes) -> None:
     "value",
     [b"chunked", b"Chunked", b"gzip, chunked", b"xchunked", b"identity", b"", b"chunked\r\nTransfer-Encoding: x"],
 )
-def test_c17_no_transfer_encoding_is_taken(value: bytes) -> None:
+def test_no_transfer_encoding_is_taken(value: bytes) -> None:
+    """C17."""
     refusal = heads.parse(b"POST http://ok.com/ HTTP/1.1\r\nTransfer-Encoding: " + value + b"\r\n\r\n")
     assert isinstance(refusal, Refusal)
     assert refusal.status == 411
 
 
 @pytest.mark.parametrize("field", [b"Content-Length: 0", b"Content-Length: 5", b"Transfer-Encoding: chunked"])
-def test_c17_connect_has_no_body(field: bytes) -> None:
+def test_connect_has_no_body(field: bytes) -> None:
+    """C17."""
     refusal = heads.parse(b"CONNECT ok.com:443 HTTP/1.1\r\n" + field + b"\r\n\r\n")
     assert isinstance(refusal, Refusal)
     assert refusal.status == 400
 
 
-def test_c17_many_fields_are_a_431() -> None:
+def test_many_fields_are_a_431() -> None:
+    """C17."""
     refusal = heads.parse(b"GET http://ok.com/ HTTP/1.1\r\n" + b"a: b\r\n" * 100_000 + b"\r\n")
     assert isinstance(refusal, Refusal)
     assert refusal.status == 431
 
 
-def test_c16_the_host_field_is_the_target_whatever_the_guest_wrote() -> None:
+def test_the_host_field_is_the_target_whatever_the_guest_wrote() -> None:
+    """C16."""
     head = sent_on(b"GET http://OK.com./a?b HTTP/1.1\r\nHost: evil.com\r\nX-Mine: 1\r\n\r\n")
     assert head == b"GET /a?b HTTP/1.1\r\nHost: ok.com\r\nX-Mine: 1\r\nConnection: close\r\n\r\n"
     elsewhere = Target("ok.com", 8080, plain=True, private=False)
     assert b"\r\nHost: ok.com:8080\r\n" in sent_on(b"GET http://ok.com:8080?x HTTP/1.1\r\n\r\n", elsewhere)
 
 
-def test_c17_what_is_between_neighbours_is_not_passed_on() -> None:
+def test_what_is_between_neighbours_is_not_passed_on() -> None:
+    """C17."""
     head = sent_on(
         b"POST http://ok.com HTTP/1.1\r\nConnection: keep-alive, X-Hop, content-length\r\nX-Hop: 1\r\nKeep-Alive: 5\r\n"
         b"Proxy-Connection: keep-alive\r\nProxy-Authorization: Basic eDp5\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
@@ -587,6 +614,7 @@ BYTES = st.lists(FRAGMENTS | st.binary(max_size=4), max_size=12).map(b"".join)
 @given(BYTES)
 @example(b"GET http://ok.com/ HTTP/1.1\r\nHost: a\nHost: b")
 def test_whatever_is_sent_on_is_one_head_with_one_host(data: bytes) -> None:
+    """C16, C17."""
     found = heads.parse(data + b"\r\n\r\n")
     if isinstance(found, heads.Fetch):
         head = found.head(Target("ok.com", 80, plain=True, private=False))
@@ -616,7 +644,8 @@ def test_a_head_ends_where_it_ends_however_it_comes(data: bytes, cuts: list[int]
 @pytest.mark.parametrize(
     "first", [b"\x16\x03\x01", b"\x05\x01\x00", b"\x04\x01", b"\0", b"get", b" GET", b"\r\n", b"\xc3\x89"]
 )
-def test_c21_what_cannot_become_http_is_seen_at_its_first_byte(first: bytes) -> None:
+def test_what_cannot_become_http_is_seen_at_its_first_byte(first: bytes) -> None:
+    """C21."""
     assert not heads.looks_like_http(first)
 
 
@@ -699,7 +728,8 @@ def read_hello(data: bytes) -> hello.Hello | None:
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_c18_the_server_name_is_read(old: bool) -> None:  # noqa: FBT001 - a parameter of the test
+def test_the_server_name_is_read(old: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    """C18."""
     assert read_hello(client_hello("ok.com", old=old)) == hello.Hello("ok.com", hides=False)
     assert read_hello(client_hello(None, old=old)) == hello.Hello(None, hides=False)
 
@@ -733,12 +763,14 @@ def test_what_follows_a_hello_is_not_looked_at() -> None:
         ),
     ],
 )
-def test_c18_what_is_not_tls_is_seen(data: bytes) -> None:
+def test_what_is_not_tls_is_seen(data: bytes) -> None:
+    """C18."""
     with pytest.raises(hello.NotTLS):
         read_hello(data)
 
 
-def test_c18_a_hello_without_end_is_given_up() -> None:
+def test_a_hello_without_end_is_given_up() -> None:
+    """C18."""
     reader = hello.HelloReader()
     data = as_records(b"\x01\x00\xff\xff" + bytes(60_000), 1000)
     fed = 0
@@ -760,6 +792,7 @@ def test_a_hello_in_the_smallest_pieces_costs_little() -> None:
 
 @pytest.mark.parametrize("number", [0xFE0D, 0xFFCE])
 def test_a_hidden_name_is_seen(number: int) -> None:
+    """C18."""
     found = read_hello(with_extension(client_hello(), number, b"\0" * 40, first=True))
     assert found is not None
     assert found == hello.Hello("ok.com", hides=True)
@@ -769,6 +802,7 @@ def test_a_hidden_name_is_seen(number: int) -> None:
 
 
 def test_two_names_in_one_hello_are_not_read() -> None:
+    """C18."""
     second = b"\x00\x0b\x00\x00\x08evil.com"
     for first in (True, False):
         with pytest.raises(hello.NotTLS):
@@ -803,17 +837,20 @@ def test_a_strange_name_in_a_hello_is_not_for_us(name: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["evil.com", "ok.com.evil.com", "a.ok.com", "evilok.com", "ok.co", "ok.com.", None])
-def test_c18_another_name_or_none_is_refused(name: str | None) -> None:
+def test_another_name_or_none_is_refused(name: str | None) -> None:
+    """C18."""
     assert hello.judge(hello.Hello(name, hides=False), TARGET) is not None
 
 
 @pytest.mark.parametrize("name", ["ok.com", "OK.com"])
-def test_c18_the_same_name_is_taken(name: str) -> None:
+def test_the_same_name_is_taken(name: str) -> None:
+    """C18."""
     assert hello.judge(hello.Hello(name, hides=False), TARGET) is None
 
 
 @given(st.integers(0, 600), st.integers(0, 255), st.binary(max_size=4))
 def test_a_damaged_hello_is_judged_or_given_up(at: int, value: int, more: bytes) -> None:
+    """C18."""
     data = bytearray(client_hello())
     data[at % len(data)] = value
     data[at % len(data) : at % len(data)] = more
@@ -831,12 +868,14 @@ def test_a_damaged_hello_is_judged_or_given_up(at: int, value: int, more: bytes)
 @given(st.text(max_size=300))
 @example("\x1b]0;pwned\x07\r\n'\"")
 def test_what_is_logged_of_the_guests_words_is_printable_and_short(text: str) -> None:
+    """G18."""
     safe = escaped(text)
     assert len(safe) <= 120
     assert not safe or (safe.isascii() and safe.isprintable())
 
 
 def test_a_record_is_one_line() -> None:
+    """G18."""
     record = Record(0.0, "ok.com", 443, "8.8.8.8", Verdict.ALLOWED, Reason.ENDED, 12, 34, 0.5, 2)
     assert str(record) == (
         "1970-01-01T00:00:00.000+00:00 allowed ok.com:443 (8.8.8.8): ended by one of the two sides; "

@@ -217,7 +217,8 @@ def here() -> Names:
         *((f"ok.example:{port}", 400) for port in (0, 65536, "443x", "", "\r\n443")),
     ],
 )
-async def test_c8_c10_c11_c12_c15_nothing_is_resolved_for_what_is_not_allowed(authority: str, status: int) -> None:
+async def test_nothing_is_resolved_for_what_is_not_allowed(authority: str, status: int) -> None:
+    """C8, C10, C11, C12, C15."""
     names = here()
     async with session(Network(["ok.example"], private=["ok.example"]), names) as one:
         got, answer = await one.guest().ask(f"CONNECT {authority} HTTP/1.1\r\n\r\n".encode())
@@ -240,7 +241,8 @@ async def test_a_refusal_names_the_host_and_the_list_in_its_status_line() -> Non
 
 
 @pytest.mark.parametrize("network", [Network(), Network([])])
-async def test_c20_an_empty_list_refuses_everything(network: Network) -> None:
+async def test_an_empty_list_refuses_everything(network: Network) -> None:
+    """C20."""
     async with session(network, here()) as one:
         for target in ("CONNECT ok.example:443", "GET http://ok.example/"):
             status, _ = await one.guest().ask(f"{target} HTTP/1.1\r\n\r\n".encode())
@@ -257,7 +259,8 @@ async def test_c20_an_empty_list_refuses_everything(network: Network) -> None:
         b"\0",
     ],
 )
-async def test_c21_what_is_not_http_is_refused_at_its_first_byte(data: bytes) -> None:
+async def test_what_is_not_http_is_refused_at_its_first_byte(data: bytes) -> None:
+    """C21."""
     async with session(Network(["*"], dangerously_allow_all=True), here()) as one:
         status, _ = await one.guest().ask(data)
         assert status == 400
@@ -279,7 +282,8 @@ async def test_c21_what_is_not_http_is_refused_at_its_first_byte(data: bytes) ->
         (b"GET http://ok.example/ HTTP/1.1\r\n" + b"a:b\r\n" * 101 + b"\r\n", 431),
     ],
 )
-async def test_c17_what_can_be_read_in_two_ways_or_is_too_large_is_refused(request_: bytes, status: int) -> None:
+async def test_what_can_be_read_in_two_ways_or_is_too_large_is_refused(request_: bytes, status: int) -> None:
+    """C17."""
     async with serving(web) as server, session(to(server, "http://ok.example", plain=True), here()) as one:
         guest = one.guest()
         sending = asyncio.create_task(guest.send(request_))
@@ -301,7 +305,8 @@ async def test_c17_what_can_be_read_in_two_ways_or_is_too_large_is_refused(reque
         *("0.0.0.0", "127.0.0.1 ::1 10.0.0.1", "fd00:ec2::254", "2002:7f00:1::"),
     ],
 )
-async def test_c13_a_name_that_leads_inside_is_refused(addresses: str) -> None:
+async def test_a_name_that_leads_inside_is_refused(addresses: str) -> None:
+    """C13."""
     async with serving(sink) as server:
         async with session(Network([f"ok.example:{server.port}"]), Names(ok_example=addresses)) as one:
             status, answer = await one.guest().ask(f"CONNECT ok.example:{server.port} HTTP/1.1\r\n\r\n".encode())
@@ -311,8 +316,8 @@ async def test_c13_a_name_that_leads_inside_is_refused(addresses: str) -> None:
         assert server.connections == 0
 
 
-async def test_c14_the_resolver_is_asked_once_and_its_answer_is_the_address(certificate: Path) -> None:
-    """A second question would get an address at which nobody listens."""
+async def test_the_resolver_is_asked_once_and_its_answer_is_the_address(certificate: Path) -> None:
+    """C14: a second question would get an address at which nobody listens."""
     async with serving(web, certificate) as server:
         names = here()
         names.known["ok.example"] = [[LOOPBACK], ["127.0.0.9"]]
@@ -377,7 +382,7 @@ def test_the_machine_knows_its_own_addresses() -> None:
 
 
 async def test_the_machines_own_public_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As 8.8.8.8 would be on the machine that has it."""
+    """C13: as 8.8.8.8 would be on the machine that has it."""
 
     def is_8888(address: Address) -> bool:
         return str(address) == "8.8.8.8"
@@ -427,8 +432,8 @@ async def test_a_hello_may_follow_connect_at_once_and_come_in_pieces(certificate
         (None, Reason.NO_SERVER_NAME),
     ],
 )
-async def test_c18_a_hello_for_another_server_goes_nowhere(certificate: Path, name: str | None, reason: Reason) -> None:
-    """Even where the other name is allowed too, and is at the same address."""
+async def test_a_hello_for_another_server_goes_nowhere(certificate: Path, name: str | None, reason: Reason) -> None:
+    """C18: even where the other name is allowed too, and is at the same address."""
     async with serving(echo, certificate) as server:
         async with session(to(server, f"evil.example:{server.port}"), here()) as one:
             guest = one.guest()
@@ -449,7 +454,8 @@ async def test_c18_a_hello_for_another_server_goes_nowhere(certificate: Path, na
         b"\0" * 9,
     ],
 )
-async def test_c18_what_is_not_tls_goes_nowhere(data: bytes) -> None:
+async def test_what_is_not_tls_goes_nowhere(data: bytes) -> None:
+    """C18."""
     async with serving(echo) as server:
         async with session(to(server), here()) as one:
             guest = one.guest()
@@ -460,7 +466,8 @@ async def test_c18_what_is_not_tls_goes_nowhere(data: bytes) -> None:
         assert server.connections == 0
 
 
-async def test_c18_a_hello_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hello_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C18."""
     monkeypatch.setattr("actbox.egress.hello.MOST_SECONDS", 0.2)
     async with serving(echo) as server:
         async with session(to(server), here()) as one:
@@ -493,7 +500,7 @@ async def test_each_side_may_end_its_half_first() -> None:
 
 
 async def test_who_does_not_read_makes_the_other_wait() -> None:
-    """The proxy keeps nothing: while the guest does not read, the host cannot send on."""
+    """C25: the proxy keeps nothing: while the guest does not read, the host cannot send on."""
     sent = 0
 
     async def flood(_server: Server, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -564,7 +571,8 @@ async def test_a_busy_stream_leaves_the_loop_to_others() -> None:
 # -- plain http -------------------------------------------------------------------------------------------------------
 
 
-async def test_c16_one_request_a_connection_and_the_host_field_is_ours() -> None:
+async def test_one_request_a_connection_and_the_host_field_is_ours() -> None:
+    """C16."""
     async with serving(web) as server, session(to(server, plain=True), here()) as one:
         url = f"http://ok.example:{server.port}"
         first = f"GET {url}/a HTTP/1.1\r\nHost: evil.example\r\nConnection: keep-alive\r\n\r\n"
@@ -579,7 +587,8 @@ async def test_c16_one_request_a_connection_and_the_host_field_is_ours() -> None
         assert (await one.end()).verdict is Verdict.ALLOWED
 
 
-async def test_c17_what_hides_behind_a_body_is_not_sent() -> None:
+async def test_what_hides_behind_a_body_is_not_sent() -> None:
+    """C17."""
     async with serving(web) as server, session(to(server, plain=True), here()) as one:
         url = f"http://ok.example:{server.port}"
         smuggled = b"GET /smuggled HTTP/1.1\r\nHost: evil.example\r\n\r\n"
@@ -637,7 +646,8 @@ async def test_plain_http_and_tls_have_ports_of_their_own(certificate: Path) -> 
 # -- bounds -----------------------------------------------------------------------------------------------------------
 
 
-async def test_c25_ten_thousand_connections_cost_little() -> None:
+async def test_ten_thousand_connections_cost_little() -> None:
+    """C25."""
     network = Network(["ok.example"], connections=8, header_seconds=60)
     async with session(network, here()) as one:
         first = [one.guest() for _ in range(8)]
@@ -658,7 +668,8 @@ async def test_c25_ten_thousand_connections_cost_little() -> None:
         assert status == 403
 
 
-async def test_c25_a_head_that_comes_slowly_is_given_up() -> None:
+async def test_a_head_that_comes_slowly_is_given_up() -> None:
+    """C25."""
     async with session(Network(["ok.example"], header_seconds=0.3), here()) as one:
         guest = one.guest()
         answer = b""
@@ -672,7 +683,8 @@ async def test_c25_a_head_that_comes_slowly_is_given_up() -> None:
         assert (await one.end()).reason is Reason.TOO_SLOW
 
 
-async def test_c25_an_endless_upload_is_cut_at_the_bound() -> None:
+async def test_an_endless_upload_is_cut_at_the_bound() -> None:
+    """C25."""
     async with serving(sink) as server, session(to(server, bytes_up=MIB), here()) as one:
         guest = one.guest()
         assert await guest.connect(f"ok.example:{server.port}") == 200
@@ -691,7 +703,8 @@ async def test_c25_an_endless_upload_is_cut_at_the_bound() -> None:
         assert server.connections == 1
 
 
-async def test_c25_an_endless_answer_is_cut_at_the_bound() -> None:
+async def test_an_endless_answer_is_cut_at_the_bound() -> None:
+    """C25."""
     async with serving(web) as server, session(to(server, plain=True, bytes_down=MIB), here()) as one:
         _, answer = await one.guest().ask(
             f"GET http://ok.example:{server.port}/long?{8 * MIB} HTTP/1.1\r\n\r\n".encode()
@@ -701,7 +714,8 @@ async def test_c25_an_endless_answer_is_cut_at_the_bound() -> None:
         assert len(answer) == record.bytes_down <= MIB
 
 
-async def test_c25_an_idle_tunnel_is_closed() -> None:
+async def test_an_idle_tunnel_is_closed() -> None:
+    """C25."""
     async with serving(silence) as server, session(to(server, idle_seconds=0.2), here()) as one:
         guest = one.guest()
         assert await guest.connect(f"ok.example:{server.port}") == 200
@@ -712,7 +726,8 @@ async def test_c25_an_idle_tunnel_is_closed() -> None:
         assert 0.2 <= record.seconds < SECONDS
 
 
-async def test_c25_a_host_that_does_not_answer_is_a_504() -> None:
+async def test_a_host_that_does_not_answer_is_a_504() -> None:
+    """C25."""
     async with serving(silence) as server, session(to(server, plain=True, idle_seconds=0.2), here()) as one:
         status, _ = await one.guest().ask(f"GET http://ok.example:{server.port}/ HTTP/1.1\r\n\r\n".encode())
         assert status == 504
@@ -741,7 +756,8 @@ async def test_a_guest_that_leaves_is_recorded() -> None:
 # -- sessions ---------------------------------------------------------------------------------------------------------
 
 
-async def test_c22_a_closed_proxy_serves_nobody(certificate: Path) -> None:
+async def test_a_closed_proxy_serves_nobody(certificate: Path) -> None:
+    """C22."""
     async with serving(echo, certificate) as server, session(to(server), here()) as one:
         guest = one.guest()
         assert await guest.connect(f"ok.example:{server.port}") == 200
@@ -774,7 +790,8 @@ async def test_a_cancelled_serve_ends_its_connection_alone() -> None:
         first.sock.close()
 
 
-async def test_c23_each_proxy_has_its_own_rules() -> None:
+async def test_each_proxy_has_its_own_rules() -> None:
+    """C23."""
     async with serving(web) as server, session(to(server, plain=True), here()) as a, session(Network(), here()) as b:
         request = f"GET http://ok.example:{server.port}/ HTTP/1.1\r\n\r\n".encode()
         assert (await a.guest().ask(request))[0] == 200
@@ -782,8 +799,8 @@ async def test_c23_each_proxy_has_its_own_rules() -> None:
         assert b.proxy.bytes_up == 0
 
 
-async def test_c24_a_relay_inside_gets_the_same_refusal() -> None:
-    """A proxy in the sandbox that takes CONNECT and asks on for its client: who asks here does not matter."""
+async def test_a_relay_inside_gets_the_same_refusal() -> None:
+    """C24: a proxy in the sandbox that takes CONNECT and asks on for its client: who asks here does not matter."""
     async with session(Network(["ok.example"]), here()) as one:
 
         async def relay(_server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -893,7 +910,8 @@ async def test_urllib_is_told_what_is_not_on_the_list(certificate: Path) -> None
 
 
 @pytest.mark.usefixtures("_no_bypass")
-async def test_c26_a_redirect_is_asked_for_like_anything_else() -> None:
+async def test_a_redirect_is_asked_for_like_anything_else() -> None:
+    """C26."""
     async with serving(web) as server, session(to(server, plain=True), here()) as one, forwarding(one) as proxy:
         metadata = "http://169.254.169.254/latest/meta-data/"
         for goal in (metadata, "http://evil.example/", f"http://127.0.0.1:{server.port}/"):

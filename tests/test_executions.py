@@ -316,6 +316,7 @@ STUBBORN = {
 async def test_a_cell_that_outlives_its_time_is_interrupted_and_the_state_is_kept(
     executor: CodeExecutor, code: str
 ) -> None:
+    """E10."""
     await executor.execute("kept = 5", timeout=SECONDS)
     with within(0.4 + 2), pytest.raises(ExecutionTimeout) as caught:
         await executor.execute(code, timeout=0.4)
@@ -329,6 +330,7 @@ async def test_a_cell_that_outlives_its_time_is_interrupted_and_the_state_is_kep
 async def test_a_cell_that_does_not_heed_the_interrupt_is_killed_and_the_state_is_lost(
     impatient: CodeExecutor, code: str
 ) -> None:
+    """E11, E18."""
     await impatient.execute("kept = 5", timeout=SECONDS)
     with within(0.3 + GRACE + 2), pytest.raises(ExecutionTimeout) as caught:
         await impatient.execute(code, timeout=0.3)
@@ -339,6 +341,7 @@ async def test_a_cell_that_does_not_heed_the_interrupt_is_killed_and_the_state_i
 
 @pytest.mark.parametrize("code", ["import re\nre.match('(a+)+$', 'a' * 60 + 'b')", "7 ** (10 ** 9); None"])
 async def test_whether_the_state_was_kept_is_said_truly(impatient: CodeExecutor, code: str) -> None:
+    """E12."""
     await impatient.execute("kept = 5", timeout=SECONDS)
     with within(0.3 + GRACE + 2), pytest.raises(ExecutionTimeout) as caught:
         await impatient.execute(code, timeout=0.3)
@@ -566,6 +569,7 @@ async def test_cancelling_at_any_moment_leaves_a_session_that_works(executor: Co
 
 
 async def test_an_interrupt_reaches_only_its_own_executor(make_executor: MakeExecutor) -> None:
+    """G5."""
     async with make_executor() as one, make_executor() as two:
         other = await two.submit(UNTIL_GO)
         execution = await one.submit(SLEEP)
@@ -581,6 +585,7 @@ async def test_an_interrupt_reaches_only_its_own_executor(make_executor: MakeExe
 
 
 async def test_a_stream_passes_everything_and_the_hosts_memory_does_not_grow(executor: CodeExecutor) -> None:
+    """G8."""
     execution = await executor.submit("line = 'x' * 999\nfor n in range(200_000): print(line)")
     size = 0
     async with Growth() as growth:
@@ -592,6 +597,7 @@ async def test_a_stream_passes_everything_and_the_hosts_memory_does_not_grow(exe
 
 
 async def test_output_that_nobody_reads_does_not_grow_the_hosts_memory(executor: CodeExecutor) -> None:
+    """G7, G8."""
     async with Growth() as growth:
         result = await executor.execute("line = 'é' * 50_000\nfor n in range(1000): print(line)", timeout=18)
     assert growth.bytes < 64 * MIB
@@ -599,6 +605,7 @@ async def test_output_that_nobody_reads_does_not_grow_the_hosts_memory(executor:
 
 
 async def test_displays_that_nobody_reads_do_not_grow_the_hosts_memory(executor: CodeExecutor) -> None:
+    """G9."""
     code = """
 from IPython.display import publish_display_data
 for n in range(60): publish_display_data({"text/plain": "p", "application/x-own": bytes(5_000_000)})
@@ -613,6 +620,7 @@ for n in range(60): publish_display_data({"text/plain": "p", "application/x-own"
 
 
 async def test_metadata_that_nobody_reads_does_not_grow_the_hosts_memory(executor: CodeExecutor) -> None:
+    """G9."""
     code = """
 from IPython.display import publish_display_data
 for n in range(300): publish_display_data({"text/plain": "p"}, {"m": "x" * 200_000})
@@ -681,6 +689,7 @@ async def test_a_text_at_the_limit_is_whole(executor: CodeExecutor) -> None:
 
 
 async def test_one_flood_does_not_hold_up_the_others(make_executor: MakeExecutor) -> None:
+    """G7."""
     async with make_executor() as loud, make_executor() as quiet:
         flood = await loud.submit("while True: print('x' * 1000)")
         await until_output(flood)
@@ -712,6 +721,7 @@ DEATHS: dict[str, tuple[str, int | None, int | None]] = {
 async def test_the_death_of_a_kernel_is_told_at_once_and_the_next_cell_finds_another(
     executor: CodeExecutor, code: str, signal: int | None, exit_code: int | None
 ) -> None:
+    """E15, E16."""
     await executor.execute("kept = 1", timeout=SECONDS)
     execution = await executor.submit(
         f"import ctypes, os, time\nprint('last words')\nos.system('echo from below')\ntime.sleep(0.05)\n{code}"
@@ -733,6 +743,7 @@ async def test_the_death_of_a_kernel_is_told_at_once_and_the_next_cell_finds_ano
 
 
 async def test_a_kernel_that_closes_all_its_descriptors_is_dead(executor: CodeExecutor) -> None:
+    """E17."""
     with within(5), pytest.raises(KernelDied):
         await executor.execute("import os\nos.closerange(0, 4096)", timeout=SECONDS)
     result = await executor.execute("1", timeout=SECONDS)
@@ -740,6 +751,7 @@ async def test_a_kernel_that_closes_all_its_descriptors_is_dead(executor: CodeEx
 
 
 async def test_a_kernel_that_closes_its_stream_and_lives_on_is_killed(executor: CodeExecutor) -> None:
+    """E17."""
     with within(8), pytest.raises(KernelDied):
         await executor.execute("import os, time\nos.closerange(3, 4096)\nwhile True: time.sleep(1)", timeout=SECONDS)
     assert (await executor.execute("1", timeout=SECONDS)).restarted
@@ -794,6 +806,7 @@ async def test_the_death_of_one_kernel_touches_no_other(make_executor: MakeExecu
 
 
 async def test_what_a_dead_kernel_had_started_is_gone_too(executor: CodeExecutor) -> None:
+    """E14."""
     beat = executor.working_dir / "beat"
     code = """
 import os, subprocess
@@ -850,6 +863,7 @@ FORGERIES = {
 async def test_a_guest_that_breaks_the_rules_loses_its_own_session_alone(
     make_executor: MakeExecutor, forgery: str
 ) -> None:
+    """G1, G3, G4, G5, G16."""
     async with make_executor() as liar, make_executor() as other:
         await other.execute("x = 1", timeout=SECONDS)
         with within(5), pytest.raises(ProtocolError):
@@ -863,6 +877,7 @@ async def test_a_guest_that_breaks_the_rules_loses_its_own_session_alone(
 
 @pytest.mark.parametrize("depth", [100, 500, 900, 940, 970, 990])
 async def test_json_of_any_depth_does_not_harm_the_host(executor: CodeExecutor, depth: int) -> None:
+    """G4."""
     code = f"""{FIND_STREAM}
 b = b"[" * {depth} + b"]" * {depth}
 frame({{"type": "display_data", "parts": [["a/json", "json", len(b)]], "metadata": {{}}}}, b)
@@ -874,6 +889,7 @@ frame(b'{{"type": "display_data", "parts": [], "metadata": {{"m": ' + b + b'}}}}
 
 
 async def test_a_guest_that_stops_in_the_middle_of_a_frame_is_ended_by_the_time_limit(impatient: CodeExecutor) -> None:
+    """G2."""
     code = f"{FIND_STREAM}\nstream.sendall(struct.pack('!II', 100, 0) + b'{{')\nimport time; time.sleep(60)"
     with within(5), pytest.raises((ExecutionTimeout, ProtocolError)):
         await impatient.execute(code, timeout=0.5)
@@ -881,6 +897,7 @@ async def test_a_guest_that_stops_in_the_middle_of_a_frame_is_ended_by_the_time_
 
 
 async def test_a_guest_that_ends_its_cell_twice_deceives_only_itself(executor: CodeExecutor) -> None:
+    """G5."""
     code = f"{FIND_STREAM}\nframe({{'type': 'execute_reply', 'id': 1, 'status': 'ok', 'execution_count': 1}})"
     await executor.execute(code, timeout=SECONDS)
     with contextlib.suppress(ProtocolError):
@@ -1165,6 +1182,7 @@ async def test_environment_variables_reach_the_session_exactly(workspace_path: P
 async def test_nothing_of_the_hosts_environment_gets_in(
     workspace_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """B1."""
     monkeypatch.setenv("A_SECRET_OF_THE_HOST", "hunter2")
     container = CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=())
     async with container, CodeExecutor("a", container.workspace, container.port) as executor:
@@ -1200,6 +1218,7 @@ async def test_an_image_that_cannot_be_saved_is_still_in_the_result(executor: Co
 
 
 async def test_bytes_that_are_no_image_are_not_taken_for_one(executor: CodeExecutor) -> None:
+    """G11."""
     code = "from IPython.display import publish_display_data\npublish_display_data({'image/png': b'<script>'})"
     result = await executor.execute(code, timeout=SECONDS)
     assert result.images == []

@@ -49,6 +49,7 @@ def largest_file(size: int) -> Generator[None]:
 
 @pytest.mark.parametrize("mime_type", SAMPLES)
 def test_an_image_of_a_known_type_is_saved_under_a_name_of_the_hosts_choice(tmp_path: Path, mime_type: str) -> None:
+    """A26, G11."""
     extension, data = SAMPLES[mime_type]
     saved = ImageFolder(tmp_path).save(data, mime_type)
     assert saved is not None
@@ -61,6 +62,7 @@ def test_an_image_of_a_known_type_is_saved_under_a_name_of_the_hosts_choice(tmp_
 @pytest.mark.parametrize("claimed", SAMPLES)
 @pytest.mark.parametrize("actual", SAMPLES)
 def test_only_data_with_the_mark_of_the_claimed_type_is_saved(tmp_path: Path, claimed: str, actual: str) -> None:
+    """G11."""
     saved = ImageFolder(tmp_path).save(SAMPLES[actual][1], claimed)
     assert (saved is not None) == (claimed == actual)
     assert len(list(tmp_path.iterdir())) == (claimed == actual)
@@ -70,6 +72,7 @@ def test_only_data_with_the_mark_of_the_claimed_type_is_saved(tmp_path: Path, cl
     "data", [b"", b"\x89PNG", b"<html><script>", b"\x7fELF" + bytes(60), b"GIF87", b"RIFF", b"%PDF", b" " + PNG]
 )
 def test_what_has_no_known_mark_is_saved_under_no_type(tmp_path: Path, data: bytes) -> None:
+    """G11."""
     folder = ImageFolder(tmp_path)
     assert [folder.save(data, mime_type) for mime_type in SAMPLES] == [None] * len(SAMPLES)
     assert list(tmp_path.iterdir()) == []
@@ -80,6 +83,7 @@ def test_what_has_no_known_mark_is_saved_under_no_type(tmp_path: Path, data: byt
     ["", "text/html", "image/PNG", "image/png; charset=x", "image/png\n", "image/../../x", "application/javascript"],
 )
 def test_an_unknown_type_is_not_saved(tmp_path: Path, mime_type: str) -> None:
+    """G11."""
     assert image_extension(mime_type) is None
     assert not looks_like(PNG, mime_type)
     assert ImageFolder(tmp_path).save(PNG, mime_type) is None
@@ -123,6 +127,7 @@ def test_an_svg_is_known_by_its_first_tag(text: str) -> None:
     ],
 )
 def test_what_is_not_plainly_an_svg_is_none(data: bytes) -> None:
+    """F8, G11."""
     assert not looks_like(data, "image/svg+xml")
 
 
@@ -135,6 +140,7 @@ def test_looking_at_a_long_text_takes_linear_time(data: bytes) -> None:
 
 @given(st.binary(), st.sampled_from(list(SAMPLES)) | st.text())
 def test_any_bytes_and_any_type_can_be_asked_about(data: bytes, mime_type: str) -> None:
+    """G10, G11."""
     if looks_like(data, mime_type):
         assert image_extension(mime_type) is not None
 
@@ -169,6 +175,7 @@ def test_the_file_may_be_read_but_not_run(tmp_path: Path) -> None:
 def test_a_planted_link_under_the_very_name_is_neither_followed_nor_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A33."""
     outside, images = tmp_path / "outside", tmp_path / "images"
     images.mkdir()
     numbers = itertools.count(1)
@@ -209,6 +216,7 @@ def test_names_that_are_always_taken_end_in_an_error(tmp_path: Path, monkeypatch
 
 
 def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    """A33."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (tmp_path / "images").symlink_to(outside)
@@ -218,6 +226,7 @@ def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_became_a_link_between_two_images_is_refused(tmp_path: Path) -> None:
+    """A33."""
     images, outside = tmp_path / "images", tmp_path / "outside"
     images.mkdir()
     outside.mkdir()
@@ -234,6 +243,7 @@ def test_a_folder_that_became_a_link_between_two_images_is_refused(tmp_path: Pat
     ("kind", "problem"), [("missing", "does not exist"), ("file", "not a folder"), ("fifo", "not a")]
 )
 def test_what_is_no_folder_is_refused_and_says_so(tmp_path: Path, kind: str, problem: str) -> None:
+    """A18."""
     images = tmp_path / "images"
     if kind == "file":
         images.touch()
@@ -292,6 +302,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_entered_component_by_component_and_never_through_a_link(tmp_path: Path) -> None:
+    """A14."""
     (tmp_path / "real" / "sub").mkdir(parents=True)
     (tmp_path / "link").symlink_to("real")
     with open_folder(tmp_path, "real", "sub") as folder:

@@ -67,6 +67,7 @@ def test_frames_survive_the_wire_byte_by_byte(sent: list[Frame]) -> None:
 @example([raw(b"[" * 200_000)])
 @example([bytes(8)])
 def test_any_bytes_are_frames_or_a_frame_error(pieces: list[bytes]) -> None:
+    """G3, G19."""
     decoder = Decoder()
     try:
         for piece in pieces:
@@ -91,6 +92,7 @@ def test_any_bytes_are_frames_or_a_frame_error(pieces: list[bytes]) -> None:
 @example(b"\xed\xa0\x80", b"")
 @example(b"\0{\0}", b"")
 def test_any_header_is_an_object_or_a_frame_error(header: bytes, payload: bytes) -> None:
+    """G4, G19."""
     decoder = Decoder()
     decoder.feed(raw(header, payload))
     try:
@@ -115,6 +117,7 @@ def test_any_header_is_an_object_or_a_frame_error(header: bytes, payload: bytes)
     ],
 )
 def test_lengths_out_of_bounds_are_refused_before_anything_behind_them_arrives(prefix: tuple[int, int]) -> None:
+    """G1."""
     decoder = Decoder()
     decoder.feed(frames.PREFIX.pack(*prefix))
     with pytest.raises(FrameError, match="lengths out of bounds"):
@@ -131,6 +134,7 @@ def test_a_decoder_may_have_a_lower_bound_for_payloads() -> None:
 
 
 def test_the_largest_header_and_payload_pass_and_one_byte_more_does_not() -> None:
+    """G1."""
     text = "x" * (frames.MAX_HEADER - len('{"a":""}'))
     decoder = Decoder()
     decoder.feed(encode({"a": text}, bytes(frames.MAX_PAYLOAD)))
@@ -180,6 +184,7 @@ def test_the_largest_header_and_payload_pass_and_one_byte_more_does_not() -> Non
     ids=lambda header: re.sub(r"\W+", " ", ascii(header[:24])),
 )
 def test_a_header_that_is_no_plain_object_is_refused(header: bytes) -> None:
+    """G4."""
     with pytest.raises(FrameError, match="bad header"):
         parse_header(header)
 
@@ -195,6 +200,7 @@ def test_a_header_that_is_no_plain_object_is_refused(header: bytes) -> None:
     ids=["escapes", "list", "digits", "exponent"],
 )
 def test_a_header_at_the_bound_costs_a_moment_at_most(header: bytes) -> None:
+    """G4."""
     assert len(header) <= frames.MAX_HEADER
     began = time.process_time()
     parse_header(header)
@@ -296,6 +302,7 @@ def is_right(message: messages.Message) -> bool:
 @example({"type": ["stream"]}, b"")
 @example({"type": "stream", "name": ["stdout"]}, b"")
 def test_any_frame_is_a_message_or_a_protocol_error(header: dict[str, Any], payload: bytes) -> None:
+    """G19."""
     try:
         message = messages.decode(Frame(header, payload))
     except ProtocolError as exc:
@@ -313,6 +320,7 @@ def test_any_frame_is_a_message_or_a_protocol_error(header: dict[str, Any], payl
     ids=["deep list", "deep object", "long number", "no UTF-8", "nothing", "half", "no JSON"],
 )
 def test_json_that_cannot_be_read_is_a_protocol_error(block: bytes) -> None:
+    """G4."""
     header: dict[str, Any] = {"type": "display_data", "metadata": {}}
     header["parts"] = [["application/json", "json", len(block)]]
     with pytest.raises(ProtocolError):
@@ -321,6 +329,7 @@ def test_json_that_cannot_be_read_is_a_protocol_error(block: bytes) -> None:
 
 @pytest.mark.parametrize("depth", [500, 900, 970, 990, 2_000, 50_000, 200_000])
 def test_a_type_nested_to_any_depth_is_refused(depth: int) -> None:
+    """G4."""
     decoder = Decoder()
     decoder.feed(raw(b'{"type":' + b"[" * depth + b"]" * depth + b"}"))
     with pytest.raises((FrameError, ProtocolError)):
@@ -363,6 +372,7 @@ def test_a_header_nested_too_deeply_is_not_encoded() -> None:
 
 
 def test_numbers_that_json_does_not_have_become_their_names() -> None:
+    """G4."""
     block = b'{"a":[NaN,Infinity,-Infinity]}'
     header: dict[str, Any] = {"type": "display_data", "metadata": {}}
     header["parts"] = [["application/json", "json", len(block)]]
@@ -407,6 +417,7 @@ def test_numbers_that_json_does_not_have_become_their_names() -> None:
     ids=lambda header: json.dumps(header)[:60],
 )
 def test_a_frame_that_a_kernel_may_not_send_is_refused(header: dict[str, Any]) -> None:
+    """G5, G16."""
     with pytest.raises(ProtocolError):
         messages.decode(Frame(header, b""))
 

@@ -426,12 +426,14 @@ async def test_what_is_no_gateway_is_an_error_of_the_connection(answer: bytes) -
 
 
 async def test_the_port_is_there_for_this_machine_alone(container: CodeExecutionContainer) -> None:
+    """G17."""
     made = container._gateway
     assert made is not None
     assert made._listener.getsockname()[0] == "127.0.0.1"
 
 
 async def test_tokens_are_long_differ_and_are_told_nowhere(container: CodeExecutionContainer, engine: str) -> None:
+    """B8, G17."""
     other = CodeExecutionContainer(workspace_path=container.workspace.path, engine=engine)
     assert other.token != container.token
     assert len(container.token) >= 32
@@ -445,6 +447,7 @@ async def test_tokens_are_long_differ_and_are_told_nowhere(container: CodeExecut
 
 
 async def test_a_client_of_another_process_needs_the_token(container: CodeExecutionContainer) -> None:
+    """G17."""
     with within(2), pytest.raises(ConnectionError, match="token"):
         await ExecutionClient(container.port, BY_THE_PORT).connect()
     for wrong in ("", "x", container.token[:-1], f"{container.token}x", container.token.swapcase(), "é", "x" * 100_000):
@@ -472,6 +475,7 @@ async def test_a_client_of_another_process_needs_the_token(container: CodeExecut
 async def test_a_greeting_without_the_token_is_refused(
     container: CodeExecutionContainer, executor: CodeExecutor, hello: dict[str, Any]
 ) -> None:
+    """G17."""
     if isinstance(hello.get("token"), str):
         hello = {**hello, "token": hello["token"].replace("TOKEN", container.token)}
     elif hello.get("token") == ["TOKEN"]:
@@ -490,6 +494,7 @@ async def test_a_greeting_without_the_token_is_refused(
 
 @pytest.mark.parametrize("key", ["", "../x", "a/b", ".", 5, ["a"], {}, True, "x" * 65, "\ud800", "CON"])
 async def test_a_key_that_names_no_folder_is_refused(container: CodeExecutionContainer, key: Any) -> None:
+    """A9."""
     before = len(container._sessions)
     async with Raw(container.port) as raw:
         raw.send({"type": "hello", "token": container.token, "key": key})
@@ -521,6 +526,7 @@ async def test_a_key_that_names_no_folder_is_refused(container: CodeExecutionCon
 async def test_who_speaks_no_frames_is_shut_out_at_once(
     container: CodeExecutionContainer, executor: CodeExecutor, said: bytes
 ) -> None:
+    """G3, G17."""
     async with Raw(container.port) as raw:
         raw.writer.write(said)
         assert await raw.is_closed_within(2)
@@ -530,6 +536,7 @@ async def test_who_speaks_no_frames_is_shut_out_at_once(
 async def test_who_says_nothing_is_shut_out_after_a_while(
     small: CodeExecutionContainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """G2, G17."""
     monkeypatch.setattr(gateway, "_HELLO_SECONDS", 0.2)
     async with small, Raw(small.port) as silent, Raw(small.port) as slow:
         slow.writer.write(frames.PREFIX.pack(100, 0) + b"{")
@@ -540,6 +547,7 @@ async def test_who_says_nothing_is_shut_out_after_a_while(
 async def test_silent_strangers_are_bounded_and_keep_nobody_out_once_they_are_gone(
     small: CodeExecutionContainer,
 ) -> None:
+    """G17."""
     async with small, contextlib.AsyncExitStack() as stack:
         for _ in range(gateway._MAX_STRANGERS):
             await stack.enter_async_context(Raw(small.port))
@@ -563,6 +571,7 @@ async def test_silent_strangers_are_bounded_and_keep_nobody_out_once_they_are_go
 
 
 async def test_a_thousand_strangers_who_come_and_go_leave_nothing_behind(small: CodeExecutionContainer) -> None:
+    """G17."""
     async with small:
         before = len(entries("/proc/self/fd"))
         for number in range(1000):
@@ -611,6 +620,7 @@ async def test_the_kernel_of_a_client_that_leaves_is_gone(
 async def test_a_client_that_does_not_read_makes_its_kernel_wait(
     container: CodeExecutionContainer, executor: CodeExecutor
 ) -> None:
+    """G7, G8."""
     async with Raw(container.port) as raw:
         await admitted(raw, container)
         before = resident()
@@ -647,6 +657,7 @@ async def test_a_client_that_does_not_read_makes_its_kernel_wait(
 async def test_an_order_of_no_sense_harms_its_own_session_at_most(
     small: CodeExecutionContainer, order: dict[str, Any]
 ) -> None:
+    """G5."""
     async with small, ExecutionClient(small.port) as other:
         await other.execute("x = 1", timeout=SECONDS)
         async with Raw(small.port) as raw:
@@ -691,6 +702,7 @@ def frame(header, payload=b""):
 async def test_a_kernel_cannot_speak_for_the_gateway(
     remote: CodeExecutor, executor: CodeExecutor, forged: dict[str, Any]
 ) -> None:
+    """G5, G16."""
     await executor.execute("x = 1", timeout=SECONDS)
     forged = dict(forged)
     with within(5), pytest.raises(ProtocolError):
@@ -705,6 +717,7 @@ async def test_a_kernel_cannot_speak_for_the_gateway(
 async def test_a_kernel_that_breaks_the_rules_behind_the_gateway_loses_its_own_session_alone(
     remote: CodeExecutor, executor: CodeExecutor
 ) -> None:
+    """G3, G5."""
     await executor.execute("x = 1", timeout=SECONDS)
     for lie in ("stream.sendall(b'garbage' * 1000)", "frame({'type': 'stream', 'name': 'stdin'})", "frame([])"):
         with within(5), pytest.raises(ProtocolError):

@@ -216,6 +216,7 @@ async def test_a_type_with_many_formats_keeps_them_all(executor: CodeExecutor) -
 
 
 async def test_a_display_with_a_hundred_formats_does_no_harm(executor: CodeExecutor) -> None:
+    """G9."""
     result = await run(
         executor,
         """
@@ -241,6 +242,7 @@ async def test_a_display_with_a_hundred_formats_does_no_harm(executor: CodeExecu
     ],
 )
 async def test_metadata_that_json_cannot_hold_does_no_harm(executor: CodeExecutor, metadata: str) -> None:
+    """G4."""
     await run(
         executor,
         """
@@ -273,6 +275,7 @@ async def test_json_keeps_its_shape_around_what_json_does_not_have(
 
 
 async def test_a_representation_that_fails_is_shown_as_an_error_and_the_cell_goes_on(executor: CodeExecutor) -> None:
+    """G12."""
     result = await run(
         executor,
         """
@@ -294,6 +297,7 @@ async def test_a_repr_that_fails_is_shown_as_an_error(executor: CodeExecutor) ->
 
 
 async def test_a_huge_repr_is_cut_and_said_to_be(executor: CodeExecutor) -> None:
+    """G12."""
     result = await run(executor, "class R:\n    def __repr__(self): return 'r' * 60_000_000\nR()")
     assert result.truncated
     assert len(result.text or "") < 2 << 20
@@ -606,6 +610,7 @@ async def test_a_syntax_error_points_at_its_place(executor: CodeExecutor) -> Non
     ],
 )
 async def test_every_kind_of_failure_is_an_error_of_its_name(executor: CodeExecutor, code: str, name: str) -> None:
+    """G12."""
     await run(executor, "x = 1")
     error = await failure_of(executor, code)
     assert error.name == name
@@ -643,6 +648,7 @@ async def test_chained_exceptions_are_all_in_the_traceback(executor: CodeExecuto
 async def test_an_exception_whose_text_fails_is_still_that_exception(
     executor: CodeExecutor, method: str, body: str
 ) -> None:
+    """G12."""
     error = await failure_of(executor, f"class E(Exception):\n    def {method}(self): {body}\nraise E('x')")
     assert error.name == "E"
     assert await text_of(executor, "1") == "1"
@@ -665,6 +671,7 @@ async def test_an_exception_whose_class_has_no_text_is_an_error_too(executor: Co
 
 @pytest.mark.parametrize("text", ["x", "é", "😀", "\\ud800", "\\x1b", "\\0"])
 async def test_an_exception_with_a_huge_text_is_bounded(executor: CodeExecutor, text: str) -> None:
+    """G12."""
     error = await failure_of(executor, f"raise ValueError('{text}' * 10_000_000)")
     assert error.name == "ValueError"
     assert error.value is not None
@@ -675,6 +682,7 @@ async def test_an_exception_with_a_huge_text_is_bounded(executor: CodeExecutor, 
 
 
 async def test_a_long_chain_of_exceptions_is_bounded(executor: CodeExecutor) -> None:
+    """G12."""
     error = await failure_of(
         executor,
         """
@@ -692,6 +700,7 @@ async def test_a_long_chain_of_exceptions_is_bounded(executor: CodeExecutor) -> 
 
 
 async def test_exceptions_in_a_circle_do_not_hang(executor: CodeExecutor) -> None:
+    """G12."""
     error = await failure_of(
         executor,
         """
@@ -715,6 +724,7 @@ async def test_warnings_are_shown_on_standard_error(executor: CodeExecutor) -> N
 
 @pytest.mark.parametrize("code", ["exit", "quit", "exit()", "quit()", "import sys; sys.exit()", "raise SystemExit(0)"])
 async def test_a_session_survives_being_told_to_quit(executor: CodeExecutor, code: str) -> None:
+    """E16."""
     await run(executor, "x = 5")
     result = await run(executor, f"{code}")
     assert result.text is None
@@ -729,6 +739,7 @@ async def test_what_comes_behind_an_exit_does_not_run(executor: CodeExecutor) ->
 
 @pytest.mark.parametrize("status", ["3", "'text'", "1.5"])
 async def test_an_exit_with_a_status_is_an_error(executor: CodeExecutor, status: str) -> None:
+    """E16."""
     error = await failure_of(executor, f"import sys\nsys.exit({status})")
     assert error.name == "SystemExit"
     assert await text_of(executor, "1") == "1"
@@ -746,6 +757,7 @@ async def test_an_exit_with_a_status_is_an_error(executor: CodeExecutor, status:
     ],
 )
 async def test_a_question_is_refused_at_once_and_clearly(executor: CodeExecutor, code: str) -> None:
+    """E24."""
     if code == "%debug":
         await failure_of(executor, "1 / 0")
     error = await failure_of(executor, code)
@@ -755,6 +767,7 @@ async def test_a_question_is_refused_at_once_and_clearly(executor: CodeExecutor,
 
 
 async def test_standard_input_is_at_its_end(executor: CodeExecutor) -> None:
+    """E24."""
     assert await text_of(executor, "import sys, os\nsys.stdin.read(), os.read(0, 10)") == "('', b'')"
     assert await text_of(executor, "!cat") is None
 
@@ -984,6 +997,7 @@ async def test_code_may_hold_any_text(executor: CodeExecutor) -> None:
 
 
 async def test_lone_surrogates_are_spelled_out(executor: CodeExecutor) -> None:
+    """G4."""
     assert await text_of(executor, r"print('a\ud800b\udfffc')") == r"a\ud800b\udfffc"
     assert await text_of(executor, r"'a\ud800b'") == r"'a\ud800b'"
     assert (await failure_of(executor, r"raise ValueError('\ud800')")).value == r"\ud800"
@@ -1111,6 +1125,7 @@ async def test_environment_variables_are_those_asked_for(executor: CodeExecutor)
 async def test_builtins_and_modules_may_be_broken_in_one_session_alone(
     executor: CodeExecutor, make_executor: Any
 ) -> None:
+    """D11."""
     await run(executor, "import json, builtins\njson.dumps = None; builtins.hex = None")
     assert await text_of(executor, "1 + 1") == "2"
     async with make_executor() as other:
@@ -1213,6 +1228,7 @@ async def test_skills_leave_no_bytecode_in_their_folders(executor: CodeExecutor)
 
 
 async def test_a_shared_skill_cannot_be_written_inside(executor: CodeExecutor) -> None:
+    """A5."""
     error = await failure_of(executor, "open('/app/skills/shared/x.py', 'w')")
     assert error.name == "OSError"
     assert "Read-only" in (error.value or "")

@@ -71,6 +71,7 @@ async def test_what_is_mounted_writable_but_not_allowed_cannot_be_written(execut
 
 @needs_landlock
 async def test_what_a_session_starts_lives_under_the_same_rules(executor: CodeExecutor) -> None:
+    """H10."""
     code = """
         code = "import os; os.close(os.open('/proc/self/comm', os.O_WRONLY))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -86,7 +87,7 @@ async def test_what_a_session_starts_lives_under_the_same_rules(executor: CodeEx
 async def test_the_watcher_and_the_supervisor_cannot_be_signalled(
     workspace_path: Path, engine: str, *, separate: bool
 ) -> None:
-    """Also where no pid namespace lies between them and the session."""
+    """D13: also where no pid namespace lies between them and the session."""
     async with (
         CodeExecutionContainer(
             workspace_path=workspace_path, engine=engine, preload=(), separate=separate
@@ -130,6 +131,7 @@ FIRST_LAYER = {
 async def test_where_the_first_layer_has_a_hole_the_second_one_holds(
     change_guest: Callable[[str, str, str], None], workspace_path: Path, engine: str, place: str
 ) -> None:
+    """H10."""
     file, pattern, new, path = FIRST_LAYER[place]
     change_guest(file, pattern, new)
     async with (
@@ -226,6 +228,7 @@ USES = {
 @needs_landlock
 @pytest.mark.parametrize("use", USES)
 async def test_ordinary_use_goes_on(executor: CodeExecutor, use: str) -> None:
+    """H11."""
     code = f"import tempfile\n{textwrap.dedent(USES[use])}\nprint(json.dumps('done'))"
     assert await answers(executor, code) == "done"
 
@@ -302,6 +305,7 @@ async def test_doctor_tells_of_a_system_without_it_and_of_the_remedy(
 async def test_a_system_that_has_it_and_refuses_it_runs_no_cell(
     change_guest: Callable[[str, str, str], None], workspace_path: Path, engine: str
 ) -> None:
+    """H12."""
     change_guest("landlock.py", r"ctypes\.c_uint32\(flags\)\)\n", "ctypes.c_uint32(1 << 31))\n")
     with pytest.raises(SandboxUnavailable) as caught:
         async with (
@@ -407,6 +411,7 @@ def test_each_abi_is_asked_for_all_that_it_has_and_no_more(
 
 @needs_landlock
 def test_rules_hold_for_what_lies_below_and_nowhere_else(tmp_path: Path) -> None:
+    """H10."""
     (tmp_path / "own" / "sub").mkdir(parents=True)
     (tmp_path / "other").mkdir()
     paths = [str(tmp_path / part / "x") for part in ("own", "own/sub", "other", ".")]

@@ -457,7 +457,7 @@ async def test_nothing_survives_though_a_child_of_the_host_does(
 
 
 async def test_ctrl_c_leaves_nothing(workspace_path: Path, own_tmp: Path, engine: str) -> None:
-    """Ctrl-C in a terminal goes to the whole process group; contexts are left, and nothing is left behind."""
+    """E14: Ctrl-C in a terminal goes to the whole process group; contexts are left, and nothing is left behind."""
     with host(hold, workspace_path, own_tmp, engine) as process, held(sandboxed(process.pid)) as processes:
         assert processes
         os.killpg(process.pid, signal.SIGINT)
@@ -567,7 +567,7 @@ async def test_many_containers_leave_no_growth(workspace_path: Path, engine: str
 
 
 async def test_an_exception_in_the_context_leaves_nothing(workspace_path: Path, engine: str, own_tmp: Path) -> None:
-    """Leaving by an exception, with a cell that runs."""
+    """E14: leaving by an exception, with a cell that runs."""
     before = traces()
 
     async def fail() -> None:
@@ -585,7 +585,7 @@ async def test_an_exception_in_the_context_leaves_nothing(workspace_path: Path, 
 
 
 async def test_cancellation_leaves_nothing(workspace_path: Path, engine: str, own_tmp: Path) -> None:
-    """The task that holds the contexts is cancelled while it waits for a cell."""
+    """E14: the task that holds the contexts is cancelled while it waits for a cell."""
     before = traces()
     running = asyncio.Event()
 

@@ -231,6 +231,7 @@ MEMORY = {
 
 @pytest.mark.parametrize("way", MEMORY)
 async def test_memory_of_the_whole_session_is_bounded(tight: CodeExecutionContainer, key: str, way: str) -> None:
+    """E3."""
     async with enter_as(key, tight) as executor:
         await prepare(executor)
         error = await exceed(executor, f"print('begun', flush=True)\n{MEMORY[way]}")
@@ -259,6 +260,7 @@ GROUPED = {
 async def test_with_a_control_group_the_system_bounds_memory_too(
     grouped: CodeExecutionContainer, key: str, way: str
 ) -> None:
+    """E3."""
     async with enter_as(key, grouped, grace=10) as executor:
         await prepare(executor)
         error = await exceed(executor, textwrap.dedent(GROUPED[way]))
@@ -296,6 +298,7 @@ async def test_shared_memory_counts_once(tight: CodeExecutionContainer, key: str
 async def test_memory_taken_between_two_cells_ends_the_session(
     tight: CodeExecutionContainer, enter: Callable[..., CodeExecutor], start: str
 ) -> None:
+    """E3."""
     async with enter(tight) as executor:
         await prepare(executor)
         await executor.execute(f"later({start}, take, 400)", timeout=SECONDS)
@@ -306,6 +309,7 @@ async def test_memory_taken_between_two_cells_ends_the_session(
 async def test_one_process_that_asks_for_too_much_is_refused_it(
     tight: CodeExecutionContainer, enter: Callable[..., CodeExecutor]
 ) -> None:
+    """E2."""
     async with enter(tight) as executor:
         await prepare(executor)
         error = await exceed(executor, "held = bytearray(100 << 20)\nbytearray(400 << 20)")
@@ -318,6 +322,7 @@ async def test_one_process_that_asks_for_too_much_is_refused_it(
 
 
 async def test_threads_whose_stacks_take_too_much_are_told_as_memory(tight: CodeExecutionContainer, key: str) -> None:
+    """E9."""
     async with enter_as(key, tight) as executor:
         await prepare(executor)
         error = await exceed(executor, "threading.stack_size(64 << 20)\nwhile True: thread(rest)")
@@ -330,6 +335,7 @@ async def test_threads_whose_stacks_take_too_much_are_told_as_memory(tight: Code
     "call", ["os.memfd_create('x')", "libc.shmget(0, 4096, 0o600)", "libc.msgget(0, 0o600)", "libc.semget(0, 1, 0o600)"]
 )
 async def test_memory_that_no_limit_sees_cannot_be_had(executor: CodeExecutor, call: str) -> None:
+    """E2."""
     code = f"""
         import ctypes, errno, os
         libc = ctypes.CDLL(None, use_errno=True)
@@ -360,6 +366,7 @@ PROCESSOR = {
 
 @pytest.mark.parametrize("way", PROCESSOR)
 async def test_processor_time_of_a_cell_is_bounded(brief: CodeExecutionContainer, key: str, way: str) -> None:
+    """E10."""
     async with enter_as(key, brief, grace=10) as executor:
         await prepare(executor)
         error = await exceed(executor, f"print('begun', flush=True)\n{PROCESSOR[way]}")
@@ -426,6 +433,7 @@ async def test_processor_time_counts_anew_for_every_cell(brief: CodeExecutionCon
 async def test_a_cell_ends_when_its_time_on_the_clock_is_over(
     short: CodeExecutionContainer, enter: Callable[..., CodeExecutor], code: str, *, kept: bool
 ) -> None:
+    """E10, E11."""
     async with enter(short, grace=10 if kept else GRACE) as executor:
         await prepare(executor)
         error = await exceed(executor, code)
@@ -475,6 +483,7 @@ DISK = {
 
 @pytest.mark.parametrize("way", DISK)
 async def test_the_private_folder_is_bounded(tight: CodeExecutionContainer, key: str, way: str) -> None:
+    """E6, E7."""
     limit, code = DISK[way]
     # Whoever waits for a slow disk heeds no interrupt until it has answered.
     async with enter_as(key, tight, grace=10) as executor:
@@ -490,6 +499,7 @@ async def test_the_private_folder_is_bounded(tight: CodeExecutionContainer, key:
 async def test_a_disk_filled_between_two_cells_ends_the_session(
     tight: CodeExecutionContainer, enter: Callable[..., CodeExecutor], start: str, work: str
 ) -> None:
+    """E6, E7."""
     async with enter(tight) as executor:
         await prepare(executor)
         await executor.execute(f"later({start}, {work})", timeout=SECONDS)
@@ -542,6 +552,7 @@ REFUSED = {
 async def test_what_the_system_refuses_is_told_as_the_limit_behind_it(
     tight: CodeExecutionContainer, enter: Callable[..., CodeExecutor], way: str
 ) -> None:
+    """E1, E4, E5, E8, E9."""
     limit, name, code = REFUSED[way]
     async with enter(tight) as executor:
         await prepare(executor)
@@ -672,6 +683,7 @@ async def round_trips(executor: CodeExecutor, over: Callable[[], bool]) -> float
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("bomb", BOMBS)
 async def test_a_neighbour_goes_on_while_a_session_does_its_worst(bomb: str, engine: str, workspace_path: Path) -> None:
+    """D15, E1, E23."""
     before = sandboxes.sandboxed(os.getpid())
     limits = Limits(memory=512 * MIB, pids=64, disk=64 * MIB, files=2000, cpu=2, file_size=32 * MIB)
     async with CodeExecutionContainer(
@@ -971,6 +983,7 @@ def test_a_deep_tree_is_counted_whole_and_in_time(folder: Path, many_files: None
 
 
 def test_what_lies_deeper_than_any_path_can_name_counts_as_too_much(folder: Path, many_files: None) -> None:
+    """A24."""
     nest(folder, 2100)
     try:
         assert walk_of(watch_of(folder, files=50_000), folder)[1] == 100_001
@@ -981,6 +994,7 @@ def test_what_lies_deeper_than_any_path_can_name_counts_as_too_much(folder: Path
 def test_a_wide_and_deep_tree_holds_few_descriptors_and_opens_few_folders_twice(
     folder: Path, many_files: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A24."""
     nest(folder, 400, comb=True)
     opened, most = 0, 0
     open_ = os.open
@@ -1006,6 +1020,7 @@ def test_a_wide_and_deep_tree_holds_few_descriptors_and_opens_few_folders_twice(
 
 def test_a_hundred_thousand_files_are_counted_in_time() -> None:
     # In memory, where they are made in a second.
+    """A24."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
         for name in range(10):
             (Path(place) / str(name)).mkdir()
@@ -1024,6 +1039,7 @@ def test_a_hundred_thousand_files_are_counted_in_time() -> None:
 
 
 def test_links_and_odd_things_are_neither_followed_nor_opened(folder: Path) -> None:
+    """A14, A18."""
     outside = folder.parent / "outside"
     outside.mkdir()
     write(outside / "large", MIB)
@@ -1299,6 +1315,7 @@ def test_limits_that_can_be_kept_are_taken() -> None:
     ],
 )
 def test_a_guest_that_lies_about_limits_is_not_believed(told: object) -> None:
+    """G5."""
     assert read_overrun(told, Limits()) is None
 
 

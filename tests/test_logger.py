@@ -284,6 +284,7 @@ TEXTS = st.lists(TRICKS | st.text(), max_size=6).map("".join)
 def test_no_text_can_forge_an_entry(
     tmp_path_factory: pytest.TempPathFactory, entries: list[tuple[str, str, dict[str, Any]]]
 ) -> None:
+    """F6, G18."""
     file = tmp_path_factory.mktemp("logs") / "agent.log"
     logger = Logger(file)  # made where no loop runs
 

@@ -321,6 +321,7 @@ async def test_a_certificate_that_is_not_trusted_is_not_made_so(
 
 
 async def test_what_is_not_listed_is_refused_by_its_name(client: CodeExecutor, world: World) -> None:
+    """C8, C12."""
     plain = await ask(client, "fetch('http://other.example/')")
     assert plain == [403, "Forbidden: other.example is not on the allow-list of this session"]
     secret = await ask(client, "fetch('https://other.example/')")
@@ -565,6 +566,7 @@ async def test_a_relay_inside_changes_no_answer(client: CodeExecutor, world: Wor
 
 
 async def test_without_a_network_nothing_of_it_is_there(engine: str) -> None:
+    """C27."""
     async with container_of(engine, None) as container, session_of(container) as client:
         names_ = [spelt for name in VARIABLES for spelt in (name, name.lower())]
         assert await ask(client, f"[name for name in {names_} if name in os.environ]") == []
@@ -576,7 +578,8 @@ async def test_without_a_network_nothing_of_it_is_there(engine: str) -> None:
 # -- what it bears -----------------------------------------------------------------------------------------------------
 
 
-async def test_c25_many_connections_at_once_are_served(client: CodeExecutor, world: World) -> None:
+async def test_many_connections_at_once_are_served(client: CodeExecutor, world: World) -> None:
+    """C25."""
     await client.execute(
         "from concurrent.futures import ThreadPoolExecutor\n"
         f"with ThreadPoolExecutor(32) as pool: found = list(pool.map(fetch, [f'{world.url}/{{i}}' for i in range(96)]))"
@@ -586,7 +589,8 @@ async def test_c25_many_connections_at_once_are_served(client: CodeExecutor, wor
     assert [json.loads(text)["path"] for _, text in found] == [f"/{number}" for number in range(96)]
 
 
-async def test_c25_who_has_too_many_connections_is_told_so(networked: CodeExecutionContainer, world: World) -> None:
+async def test_who_has_too_many_connections_is_told_so(networked: CodeExecutionContainer, world: World) -> None:
+    """C25."""
     async with session(networked) as client, session(networked, "two") as other:
         before = tools.descriptors()
         await client.execute("idle = [dial() for _ in range(150)]")
@@ -601,9 +605,8 @@ async def test_c25_who_has_too_many_connections_is_told_so(networked: CodeExecut
         assert (await ask(client, f"fetch({world.url!r})"))[0] == 200
 
 
-async def test_c25_a_session_that_asks_without_end_harms_no_other(
-    networked: CodeExecutionContainer, world: World
-) -> None:
+async def test_a_session_that_asks_without_end_harms_no_other(networked: CodeExecutionContainer, world: World) -> None:
+    """C25."""
     async with session(networked) as client, session(networked, "two") as other:
         before = tools.descriptors()
         storm = await begun(client, "print('on')\nwhile True: dial(b'\\x00garbage').close()")
@@ -629,7 +632,8 @@ def peak() -> int:
     return int(found[1]) // 1024
 
 
-async def test_c25_what_is_large_goes_through_and_is_kept_nowhere(client: CodeExecutor, world: World) -> None:
+async def test_what_is_large_goes_through_and_is_kept_nowhere(client: CodeExecutor, world: World) -> None:
+    """C25."""
     most = 64 * MIB
     forget_peak()
     before = peak()

@@ -146,6 +146,7 @@ def sweep(name: str) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize(("machine", "stage"), MACHINE_AND_STAGE)
 def test_every_number_gets_the_verdict_of_the_policy(machine: str, stage: Stage) -> None:
+    """H5."""
     reading = READINGS[machine, stage]
     wrong: dict[int, tuple[str, str]] = {}
     for number in EVERY_NUMBER:
@@ -460,6 +461,7 @@ def expected_of_attacks(machine: str, stage: Stage) -> dict[str, str]:
 
 @pytest.mark.parametrize(("machine", "stage"), MACHINE_AND_STAGE)
 def test_the_attacks_fail_by_the_profile_and_not_by_chance(machine: str, stage: Stage) -> None:
+    """F1, F2, H5."""
     for label, expected in expected_of_attacks(machine, stage).items():
         number, *args = attacks(machine)[label]
         assert isinstance(number, int)
@@ -497,6 +499,7 @@ def test_the_kernel_takes_what_libseccomp_made(stage: Stage, optimize: int, tmp_
 @live
 def test_without_the_profile_the_same_attacks_succeed(tmp_path: Path) -> None:
     # Only what any user on any machine may do is asked.
+    """H14."""
     command = attempts.command(attacks(HERE), sys.executable)
     found = attempts.read(subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=15, check=True).stdout)
     labels = ("ptrace", "personality changed", "fchmodat 02755", "unshare", "AF_NETLINK")

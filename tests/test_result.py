@@ -87,6 +87,7 @@ def printed(outputs: Sequence[Output | Stream]) -> str:
 
 @given(EVENTS)
 def test_text_stays_within_its_limit_whatever_comes(events: list[Event]) -> None:
+    """G8."""
     result = folded(events)
     # The note may have joined text of standard error before and behind it.
     text = sum(size(NOTE.sub("", plain(output))) + size(output.trace or "") for output in result.outputs)
@@ -98,6 +99,7 @@ def test_text_stays_within_its_limit_whatever_comes(events: list[Event]) -> None
 @example([DisplayData({"text/plain": ["x" * 900]})] * 10)
 @example([DisplayData({"text/html": "x" * 900}), ClearOutput(wait=True), DisplayData({"text/html": "x" * 900})] * 3)
 def test_everything_else_stays_within_its_limit_whatever_comes(events: list[Event]) -> None:
+    """G9."""
     total = 0
     for output in folded(events).outputs:
         for value in output.data.values():
@@ -133,6 +135,7 @@ def test_plain_text_that_is_no_text_is_bounded_too(value: Any) -> None:
     ids=["empty", "alternating", "display", "update", "types", "metadata", "nothing", "errors", "names", "clear"],
 )
 def test_small_events_without_end_do_not_grow_the_result(events: list[Event]) -> None:
+    """G7."""
     fold = Fold(1 << 20, 1 << 20)
     # An update looks at every output kept, so there are fewer of them.
     updates = any(isinstance(event, UpdateDisplayData) for event in events)
@@ -149,6 +152,7 @@ def test_small_events_without_end_do_not_grow_the_result(events: list[Event]) ->
 
 
 def test_updates_do_not_smuggle_in_more_than_the_limits() -> None:
+    """G9."""
     fold = Fold(LIMIT, MEDIA)
     for number in range(6):
         fold.add(DisplayData({"text/plain": "x"}, {}, f"d{number}"))
@@ -224,6 +228,7 @@ def test_nothing_is_lost_below_the_limits(events: list[Event]) -> None:
 
 
 def test_media_beyond_its_limit_is_left_out_and_its_text_stays() -> None:
+    """G9."""
     figure = DisplayData({"text/plain": "<figure>", "image/png": b"x" * 1500})
     result = folded([figure, figure, figure])
     assert [set(output.data) for output in result.outputs] == [
@@ -300,6 +305,7 @@ def test_an_update_of_a_display_of_another_cell_adds_nothing() -> None:
 
 @given(st.lists(DATA, min_size=1, max_size=20))
 def test_updates_cost_no_more_than_their_last_content(contents: list[dict[str, Any]]) -> None:
+    """G9."""
     first = DisplayData({"text/plain": "x"}, {}, "one")
     last = UpdateDisplayData({"text/plain": "last", "image/png": b"x" * 1000}, {}, "one")
     updates = [UpdateDisplayData(content, {}, "one") for content in contents]
@@ -398,11 +404,13 @@ def test_an_image_can_be_saved_where_the_caller_wants(tmp_path: Path) -> None:
     ],
 )
 def test_escape_sequences_are_stripped(colored: str, bare: str) -> None:
+    """F5."""
     assert strip_ansi(colored) == bare
 
 
 @given(st.text("\x1b[]0;m\x07\\\x9c\x9bP_ab\n", max_size=60))
 def test_no_escape_is_left_in_stripped_text(text: str) -> None:
+    """F5."""
     left = strip_ansi(text)
     assert "\x1b" not in left
     assert not any("\x80" <= character <= "\x9f" for character in left)

@@ -312,6 +312,7 @@ PROGRAMS: dict[tuple[str, Stage], bytes] = {
 
 @pytest.mark.parametrize(("machine", "stage"), MACHINE_AND_STAGE)
 def test_every_number_gets_the_expected_answer(machine: str, stage: Stage) -> None:
+    """H5."""
     expected = dict.fromkeys(range(NEWEST + 1), "ok")
     expected.update(dict.fromkeys(HOLES[machine], "ENOSYS"))
     expected.update({row.numbers[machine]: row.answers[stage] for row in ROWS.values() if machine in row.numbers})
@@ -325,12 +326,14 @@ def test_every_number_gets_the_expected_answer(machine: str, stage: Stage) -> No
 
 @pytest.mark.parametrize(("call", "args", "outer", "inner"), CASES)
 def test_arguments_decide(call: str, args: tuple[int, ...], outer: str, inner: str) -> None:
+    """F3, H5."""
     for machine in ROWS[call].numbers:
         assert (answer(machine, "outer", call, *args), answer(machine, "inner", call, *args)) == (outer, inner)
 
 
 @pytest.mark.parametrize(("machine", "stage"), MACHINE_AND_STAGE)
 def test_only_unix_tcp_and_udp_sockets_exist(machine: str, stage: Stage) -> None:
+    """C5, C6."""
     unix, internet = 1, (2, 10)
     protocols = (0, 1, 6, 17, 33, 58, 115, 132, 136, 255, 256, 262)
     allowed = {(unix, kind, protocol) for kind in range(16) if kind not in (3, 10) for protocol in protocols}
@@ -370,6 +373,7 @@ def test_a_refused_socket_gets_the_error_of_a_kernel_without_it(args: tuple[int,
 @settings(deadline=None)  # the machine may be busy
 @given(flags=st.integers(0, 2**64 - 1), mode=st.integers(0, 2**64 - 1))
 def test_opening_is_refused_exactly_if_it_would_make_a_set_id_file(flags: int, mode: int) -> None:
+    """A22."""
     expected = "EPERM" if flags & (CREATE | TMPFILE) and mode & 0o6000 else "ok"
     for machine, stage in MACHINE_AND_STAGE:
         assert answer(machine, stage, "openat", 0, 0, flags, mode) == expected
@@ -386,6 +390,7 @@ CALLS_WITH_ARGUMENTS = st.tuples(
 @settings(deadline=None)  # the machine may be busy
 @given(CALLS_WITH_ARGUMENTS)
 def test_the_high_half_of_an_argument_never_matters(call: tuple[str, list[int]]) -> None:
+    """F2, H5."""
     name, args = call
     low = [value & 0xFFFFFFFF for value in args]
     for machine in ROWS[name].numbers:
@@ -405,6 +410,7 @@ def test_the_inner_stage_allows_nothing_that_the_outer_refuses(call: tuple[str, 
 @pytest.mark.parametrize(("machine", "stage"), MACHINE_AND_STAGE)
 @pytest.mark.parametrize("arch", [0x40000003, 0x40000028, 0xC00000F3, 0])  # i386, arm, riscv64, nothing
 def test_a_foreign_instruction_set_kills(machine: str, stage: Stage, arch: int) -> None:
+    """H6."""
     for number in (0, 1, 20, 600, X32):
         assert simulate(PROGRAMS[machine, stage], machine, number, arch=arch).answer == "kill"
     other = next(value for name, value in ARCH.items() if name != machine)
@@ -641,6 +647,7 @@ OTHER_ERRORS = {
 
 @live
 def test_a_session_is_refused_the_attack_list_by_the_kernel(tmp_path: Path) -> None:
+    """F1, F2, F3, H3, H4, H5, H6."""
     answers = report("probe", STAGES, tmp_path)
     expected = {name: "ok" if name in ALLOWED_EVERYWHERE else OTHER_ERRORS.get(name, "EPERM") for name in answers}
     assert answers == expected
@@ -659,6 +666,7 @@ def test_the_supervisor_may_still_build_sessions(tmp_path: Path) -> None:
 @live
 def test_without_the_filter_the_same_calls_succeed(tmp_path: Path) -> None:
     # The refusals above are thus the filter's, not the machine's. Only what any user on any machine may do is asked.
+    """H14."""
     answers = report("probe", [], tmp_path)
     names = ("chmod 04755", "chmod 02755", "fchmod 04755", "open 04755", "mkdir 02755", "TIOCSETD")
     assert {name: answers[name] for name in names} == dict.fromkeys(names, "ok")
@@ -675,6 +683,7 @@ def status() -> dict[str, str]:
 
 @live
 def test_both_filters_and_no_new_privileges_are_on(tmp_path: Path) -> None:
+    """H1."""
     found = report("status", STAGES, tmp_path)
     assert (found["NoNewPrivs"], found["Seccomp"], found.get("Seccomp_filters", "2")) == ("1", "2", "2")
 
@@ -729,6 +738,7 @@ def call_i386() -> dict[str, str]:
 @pytest.mark.skipif(HERE != "x86_64", reason="only x86_64 has a second instruction set to call through")
 def test_a_call_through_the_i386_table_kills_the_process(tmp_path: Path) -> None:
     # SIGSEGV is what a kernel without 32-bit emulation sends before any filter is asked.
+    """H6."""
     assert in_child("call_i386", STAGES, tmp_path).returncode in (-signal.SIGSYS, -signal.SIGSEGV)
 
 
@@ -850,6 +860,7 @@ BENIGN: tuple[Callable[[], None], ...] = (
 @live
 @pytest.mark.parametrize("task", [task.__name__ for task in BENIGN])
 def test_ordinary_python_still_works_in_a_session(task: str, tmp_path: Path) -> None:
+    """H11."""
     process = in_child(task, STAGES, tmp_path)
     assert process.returncode == 0, process.stderr
 

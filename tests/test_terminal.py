@@ -31,11 +31,13 @@ def in_pieces(text: str, cuts: list[int], *, colors: bool) -> str:
 
 @given(TEXTS)
 def test_what_is_shown_holds_nothing_that_a_terminal_obeys(text: str) -> None:
+    """F5."""
     assert not FORBIDDEN.search(sanitize(text))
 
 
 @given(TEXTS)
 def test_with_colors_what_is_shown_holds_colors_alone_and_ends_them(text: str) -> None:
+    """F5."""
     shown = sanitize(text, colors=True)
     assert not FORBIDDEN.search(SGR.sub("", shown))
     assert "\x1b" not in shown or shown.endswith("\x1b[0m")
@@ -43,6 +45,7 @@ def test_with_colors_what_is_shown_holds_colors_alone_and_ends_them(text: str) -
 
 @given(TEXTS, st.lists(st.integers(0, 1000), max_size=8), st.booleans())
 def test_a_text_that_comes_in_pieces_is_shown_as_the_whole_is(text: str, cuts: list[int], colors: bool) -> None:  # noqa: FBT001
+    """F5."""
     assert in_pieces(text, cuts, colors=colors) == sanitize(text, colors=colors)
 
 
@@ -58,6 +61,7 @@ def test_ordinary_text_is_left_as_it_is(text: str, colors: bool) -> None:  # noq
 
 @given(TEXTS)
 def test_one_line_is_one_line(text: str) -> None:
+    """F6, G18."""
     assert len(one_line(text).splitlines()) <= 1
 
 
@@ -101,6 +105,7 @@ def test_one_line_is_one_line(text: str) -> None:
     ],
 )
 def test_a_hostile_text_is_shown_harmlessly(hostile: str, shown: str) -> None:
+    """F5."""
     assert sanitize(hostile) == shown
     assert sanitize(hostile, colors=True) == shown
 

@@ -384,6 +384,7 @@ async def test_a_tree_without_end_is_refused_soon(executor: CodeExecutor, local:
 
 
 async def test_nothing_is_uploaded_through_a_link_or_over_what_is_no_file(client: CodeExecutor, local: Path) -> None:
+    """A14."""
     (local / "new").write_text("new")
     (local / "tree" / "sub").mkdir(parents=True)
     (local / "tree" / "sub" / "new").write_text("new")
@@ -497,6 +498,7 @@ async def test_a_link_above_a_local_file_is_the_callers_business(executor: CodeE
 async def test_a_link_that_appears_in_the_place_of_the_local_file_is_not_followed(
     impatient: CodeExecutor, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A13."""
     (local / "secret").write_text("kept")
     await text_of(impatient, "open('/tmp/x', 'w').write('1')")
     feed = Arrival.feed
@@ -888,6 +890,7 @@ async def test_a_lie_that_ends_late_is_interrupted(client: CodeExecutor, local: 
     ],
 )
 async def test_what_breaks_the_rules_of_the_wire_ends_the_session(client: CodeExecutor, local: Path, body: str) -> None:
+    """G5."""
     await text_of(client, lie(body))
     with pytest.raises(ProtocolError):
         await client.download_directory("/tmp", local / "new" / "out")
@@ -896,6 +899,7 @@ async def test_what_breaks_the_rules_of_the_wire_ends_the_session(client: CodeEx
 
 
 async def test_an_archive_that_nobody_asked_for_breaks_the_rules(client: CodeExecutor, local: Path) -> None:
+    """G5."""
     (local / "file").write_text("1")
     send = "from actbox_guest.guest import shell; shell.outputs.send({'type': 'archive', 'id': %s}, b'x')"
     with pytest.raises(ProtocolError, match="archive"):

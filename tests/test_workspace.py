@@ -140,6 +140,7 @@ def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("planted", [*FOLDERS, "skills/private/key", "images/key"])
 @pytest.mark.parametrize("target", ["folder", "nothing", "itself", "root"])
 def test_a_planted_link_is_refused_and_nothing_is_made_through_it(tmp_path: Path, planted: str, target: str) -> None:
+    """A12."""
     outside = tmp_path / "outside"
     outside.mkdir()
     workspace = Workspace(tmp_path / "ws")
@@ -226,6 +227,7 @@ def test_a_folder_that_is_made_by_another_at_the_same_time_is_taken(
 def test_a_link_that_is_planted_between_the_making_and_the_opening_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A12."""
     outside = tmp_path / "outside"
     outside.mkdir()
     really_mkdir = os.mkdir
@@ -259,6 +261,7 @@ def refused_without_a_look(workspace: Workspace, key: Any) -> None:
 
 @pytest.mark.parametrize("key", BAD_KEYS, ids=ascii)
 def test_a_key_outside_the_grammar_is_refused_before_the_file_system_is_touched(tmp_path: Path, key: Any) -> None:
+    """A9."""
     workspace = Workspace(tmp_path / "ws")
     refused_without_a_look(workspace, key)
     assert tree(tmp_path) == []
@@ -271,12 +274,14 @@ def test_a_key_outside_the_grammar_is_refused_before_the_file_system_is_touched(
     | KEYS.map(lambda key: f"-{key}")
 )
 def test_any_text_outside_the_grammar_is_refused(key: str) -> None:
+    """A9."""
     refused_without_a_look(Workspace("/nonexistent"), key)
 
 
 @settings(deadline=None)  # it makes folders, and machines differ
 @given(key=KEYS)
 def test_any_key_inside_the_grammar_is_accepted(tmp_path_factory: pytest.TempPathFactory, key: str) -> None:
+    """A9."""
     workspace = Workspace(tmp_path_factory.getbasetemp() / "keys")
     working_dir, images_dir = workspace.prepare_key(key)
     assert [working_dir.parent, images_dir.parent] == [workspace.private_skills_path, workspace.images_path]
