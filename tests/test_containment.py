@@ -58,6 +58,7 @@ from actbox import (
     SandboxUnavailable,
     Workspace,
     WorkspaceError,
+    execution_environment,
     sessions,
 )
 from actbox.engines.docker import engine as docker_engine
@@ -573,6 +574,70 @@ def kernel_settings() -> dict[str, str]:
     return found
 
 
+def linked(paths: list[str]) -> dict[str, str]:
+    """Give a file of another mount a name in the session's own folder."""
+    return {path: said(lambda path=path: os.link(path, "taken")) for path in paths}
+
+
+def sockets_seen() -> list[str]:
+    """Every socket that has a name in a folder or in the kernel's list."""
+    found: list[str] = []
+    folders = ["/"]
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False) and entry.path != "/proc":
+                    folders.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False) and stat.S_ISSOCK(os.lstat(entry.path).st_mode):
+                    found.append(entry.path)
+    with open("/proc/net/unix") as file:
+        return found + [line.split()[7] for line in file.readlines()[1:] if len(line.split()) > 7]
+
+
+def bounds_raised() -> dict[str, str]:
+    """Take more of everything than was given."""
+    import resource
+
+    found: dict[str, str] = {}
+    for name in (name for name in dir(resource) if name.startswith("RLIMIT_")):
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        if hard == resource.RLIM_INFINITY:
+            continue
+        try:
+            resource.setrlimit(kind, (hard, hard + 1))
+            found[name] = "ok"
+        except ValueError:  # what Python makes of EPERM
+            found[name] = "EPERM"
+
+    def spared() -> None:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("-1000")
+
+    found["nice"] = said(lambda: os.nice(-5))
+    found["oom_score_adj"] = said(spared)
+    found["SCHED_FIFO"] = said(lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)))
+    return found
+
+
+def terminal_driven(ioctl: int) -> dict[str, str]:
+    """Type into a terminal of the session's own, change its discipline, and open the one that there is not."""
+    sti, linux, discipline, high = 0x5412, 0x541C, 0x5423, 1 << 32
+    other, own = pty.openpty()
+    found = {
+        "TIOCSTI": call(ioctl, own, sti, b"x"),
+        "TIOCSTI with a high bit": call(ioctl, own, sti | high, b"x"),
+        "TIOCLINUX": call(ioctl, own, linux, b"\2"),
+        "TIOCSETD": call(ioctl, own, discipline, bytes(4)),
+    }
+    for fd in (0, 1, 2):
+        found[f"TIOCSTI on {fd}"] = call(ioctl, fd, sti, b"x")
+    os.close(other)
+    os.close(own)
+    found["/dev/tty"] = said(lambda: os.close(os.open("/dev/tty", os.O_RDWR)))
+    return found
+
+
 # What must go on working, see H11.
 
 
@@ -941,6 +1006,33 @@ async def test_a_key_is_no_prefix_of_another(container: CodeExecutionContainer, 
         assert await inside(shorter, opened, paths) == dict.fromkeys(paths, "ENOENT")
 
 
+async def test_a_link_that_a_session_left_leads_no_later_start_out(
+    workspace_path: Path, tmp_path: Path, engine: str
+) -> None:
+    """A11: nothing is made or mounted below what a session may write.
+
+    A bubblewrap before 0.12 follows links there, out to the host (CVE-2026-87766).
+    """
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    outside.chmod(0o777)
+    left: list[str] = []
+    names = ["app", "dev", "etc", "key", "one", "opt", "private", "proc", "shared", "skills", "sub", "tmp"]
+    for _ in range(2):
+        async with (
+            CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=()) as container,
+            CodeExecutor("one", container.workspace, container.port) as executor,
+        ):
+            places = [place for place, _, _ in await inside(executor, mounted)]
+            assert [place for place in places if place.startswith("/app/skills/private/one/")] == []
+            left = await inside(executor, listed, ".")
+            code = f"import os\nfor name in {names}: os.symlink(f'/oldroot{outside}', name)"
+            if not left:
+                await executor.execute(code)
+    assert left == names
+    assert list(outside.iterdir()) == []
+
+
 @pytest.mark.parametrize("target", ["/etc", "/", "..", "../../images", "nowhere"])
 async def test_a_link_in_the_place_of_a_keys_folder_is_refused(
     container: CodeExecutionContainer, key: str, target: str
@@ -1005,6 +1097,17 @@ async def test_a_workspace_whose_folders_are_links_is_refused(
     with pytest.raises(WorkspaceError):
         await container.run()
     assert list(outside.iterdir()) == []
+
+
+async def test_no_file_of_another_mount_gets_a_name_among_the_sessions_own(
+    container: CodeExecutionContainer, executor: CodeExecutor
+) -> None:
+    """A21: what is shown read-only would be writable under it."""
+    skill = container.workspace.shared_skills_path / f"{executor.key}.py"
+    skill.touch()
+    paths = [f"/app/skills/shared/{skill.name}", "/etc/passwd", "/usr/bin/env", "/proc/self/exe", "/dev/null"]
+    assert set((await inside(executor, linked, paths)).values()) <= {"EXDEV", "EPERM"}
+    assert await inside(executor, listed, ".") == []
 
 
 async def test_no_set_id_file_can_be_made(container: CodeExecutionContainer, executor: CodeExecutor) -> None:
@@ -1084,6 +1187,37 @@ async def test_no_process_tells_places_of_the_host(container: CodeExecutionConta
     assert set(found.values()) <= {"EACCES", "EPERM"}
 
 
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+async def test_the_host_runs_nothing_that_a_session_left(
+    workspace_path: Path, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A30: whatever its name, in every call that has to do with the folder, from within that folder."""
+    ran = tmp_path / "ran"
+    names = ["sitecustomize.py", "usercustomize.py", "conftest.py", "__init__.py", "actbox.py", "json.py", "x.pth"]
+    planted = f"import os; open({str(ran)!r}, 'w').close()"
+    plant = f"for name in {names}: open(name, 'w').write({planted!r})"
+    local = tmp_path / "local"
+    local.write_bytes(b"x")
+    for _ in range(2):
+        async with (
+            CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=()) as container,
+            CodeExecutor("one", container.workspace, container.port) as executor,
+        ):
+            await executor.execute(plant)
+            monkeypatch.chdir(executor.working_dir)
+            await executor.download_directory("/app/skills/private/one", tmp_path / "out")
+            await executor.upload_file("/app/skills/private/one/up", local)
+            await executor.delete_file("/app/skills/private/one/up")
+            png = f"from IPython.display import Image; Image(data={PNG!r}, format='png')"
+            assert len((await executor.execute(png)).images) == 1
+    assert set(names) <= tree(workspace_path / "skills" / "private" / "one").keys()
+    files = [getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]]
+    assert [file for file in [*files, *sys.path] if file.startswith(str(workspace_path))] == []
+    assert not ran.exists()
+
+
 # --- B: secrets -------------------------------------------------------------------------------------------------------
 
 VARIABLES = {
@@ -1132,6 +1266,55 @@ async def test_a_crash_starts_no_program_of_the_host(executor: CodeExecutor) -> 
     """
     code = "import resource; print(resource.getrlimit(resource.RLIMIT_CORE))"
     assert (await executor.execute(code)).text == "(1, 1)"
+
+
+async def test_no_keyring_can_be_asked(executor: CodeExecutor) -> None:
+    """B4: no namespace divides them, and they hold keys of the user who runs the host's side."""
+    names = ["keyctl", "add_key", "request_key"]
+    assert await inside(executor, calls_refused, NUMBERS, names) == dict.fromkeys(names, "EPERM")
+    assert await inside(executor, texts, ["/proc/keys", "/proc/key-users"]) == ["", ""]
+
+
+async def test_the_ports_token_is_in_no_session(container: CodeExecutionContainer, executor: CodeExecutor) -> None:
+    """B6: with it a session could ask for the folder of any key."""
+    first, rest = container.token[0], re.escape(container.token[1:])
+    assert await inside(executor, memory_matches, f"[{first}]{rest}") == []
+    for entry in (await inside(executor, readable_processes)).values():
+        assert not any(container.token in text for text in entry.values())
+
+
+@pytest.mark.parametrize("code", ["1 / 0", "import nothing_of_this_name", "%run missing.py", "!missing", "%env"])
+async def test_no_traceback_tells_a_place_of_the_host(
+    container: CodeExecutionContainer, executor: CodeExecutor, code: str
+) -> None:
+    """B7: nor does the list of variables."""
+    try:
+        told = (await executor.execute(code)).text or ""
+    except ExecutionError as exc:
+        told = f"{exc} {exc.trace} {exc!r}"
+    assert told
+    assert str(container.workspace.path) not in told
+    assert str(Path(__file__).parents[1]) not in told
+
+
+async def test_no_failure_and_no_log_tells_a_secret(workspace_path: Path, tmp_path: Path, engine: str) -> None:
+    """B8: neither a variable that was passed in, nor the token of the port."""
+    secret, log = secrets.token_hex(16), tmp_path / "log"
+    told: list[str] = []
+    async with execution_environment(
+        "one", workspace_path=workspace_path, log_file=log, env_vars={"KEY": secret}, engine=engine, preload=()
+    ) as environment:
+        assert (await environment.executor.execute("import os; print(os.environ['KEY'][:2])")).text == secret[:2]
+        for code in ("1 / 0", "import os; os._exit(1)", "open('/missing')"):
+            with pytest.raises((ExecutionError, KernelDied)) as caught:
+                await environment.executor.execute(code)
+            told += [str(caught.value), repr(caught.value), caught.value.text or ""]
+        token = environment.container.token
+        told += [repr(part) for part in (environment, environment.container, environment.executor)]
+    logged = await asyncio.to_thread(log.read_text, encoding="utf-8")
+    assert "cell 2 failed: ZeroDivisionError" in logged
+    told.append(logged)
+    assert [text for text in told if secret in text or token in text] == []
 
 
 # --- C: network -------------------------------------------------------------------------------------------------------
@@ -1286,6 +1469,13 @@ async def test_sessions_share_no_memory_queues_or_names(make_executor: Make) -> 
         )
 
 
+async def test_no_socket_of_the_hosts_side_has_a_name_inside(executor: CodeExecutor) -> None:
+    """D8, D17, G14: there is none to connect to, to speak to the supervisor by, or to put another one in its place."""
+    assert await inside(executor, sockets_seen) == []
+    await executor.execute("import socket; own = socket.socket(socket.AF_UNIX); own.bind('/tmp/own'); own.listen()")
+    assert await inside(executor, sockets_seen) == ["/tmp/own", "/tmp/own"]
+
+
 async def test_a_session_inherits_nothing_of_those_before(make_executor: Make) -> None:
     """D9: no channel of the supervisor's, no pipe or stream of another session."""
     async with make_executor() as first, make_executor() as second, make_executor() as third:
@@ -1366,6 +1556,22 @@ async def test_the_supervisor_cannot_be_seen_signalled_or_traced(executor: CodeE
         assert (await other.execute("print(2)")).text == "2"
 
 
+async def test_two_sessions_of_one_key_share_its_folder_and_nothing_else(
+    container: CodeExecutionContainer, key: str
+) -> None:
+    """D16: they race in the folder, which is said; each has its own kernel, its own /tmp and its own end."""
+    async with (
+        CodeExecutor(key, container.workspace, container.port) as one,
+        CodeExecutor(key, container.workspace, container.port) as other,
+    ):
+        await one.execute("x = 1; open('shared', 'w').close(); open('/tmp/own', 'w').close()")
+        found = await other.execute("import os; print('x' in globals(), os.path.exists('/tmp/own'), os.listdir())")
+        assert found.text == "False False ['shared']"
+        with pytest.raises(KernelDied):
+            await one.execute("import os; os._exit(1)")
+        assert (await other.execute("print(os.listdir())")).text == "['shared']"
+
+
 async def test_other_sessions_leave_no_trace_in_proc(make_executor: Make) -> None:
     """D18: lists that the kernel keeps of everybody are the session's own, empty, or refused."""
     async with make_executor() as one, make_executor() as other:
@@ -1377,6 +1583,23 @@ async def test_other_sessions_leave_no_trace_in_proc(make_executor: Make) -> Non
             assert len(text.splitlines()) <= 4
         # Of whoever this user is outside.
         assert await inside(other, texts, ["/proc/keys", "/proc/key-users"]) == ["", ""]
+
+
+# --- E, F: bounds and terminals ---------------------------------------------------------------------------------------
+
+
+async def test_no_bound_can_be_raised(executor: CodeExecutor) -> None:
+    """E19: nor can a session go first, or be spared when memory is short."""
+    found = await inside(executor, bounds_raised)
+    assert len(found) > 8
+    assert set(found.values()) <= {"EPERM", "EACCES", "EROFS"}
+
+
+async def test_no_terminal_can_be_driven(executor: CodeExecutor) -> None:
+    """F1, F2, F3, F4: there is none, and of one's own nothing can be typed into (CVE-2017-5226, CVE-2019-10063)."""
+    found = await inside(executor, terminal_driven, NUMBERS["ioctl"])
+    assert found.pop("/dev/tty") == "ENXIO"
+    assert set(found.values()) == {"EPERM"}
 
 
 # --- H: privileges and the kernel's surface ---------------------------------------------------------------------------

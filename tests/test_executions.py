@@ -905,6 +905,37 @@ async def test_a_guest_that_ends_its_cell_twice_deceives_only_itself(executor: C
     assert await text_of(executor, "2") == "2"
 
 
+async def test_descriptors_that_a_guest_sends_are_not_taken(executor: CodeExecutor) -> None:
+    """G15: they come with what is right otherwise, ten at a time."""
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - iterdir keeps one open
+    code = f"""{FIND_STREAM}
+import array
+head = b'{{"type": "stream", "name": "stdout"}}'
+held = [os.dup(0) for _ in range(10)]
+for _ in range(20):
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", held))
+    stream.sendmsg([struct.pack("!II", len(head), 1) + head + b"x"], [rights])
+"""
+    assert await text_of(executor, code) == "x" * 20
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+async def test_a_kernel_that_does_not_read_holds_up_nobody(
+    impatient: CodeExecutor, make_executor: MakeExecutor
+) -> None:
+    """G13: fifty megabytes wait for it; they and it are given up, and others answer meanwhile."""
+    async with make_executor() as other:
+        with within(10):
+            stopped = asyncio.create_task(impatient.execute("import os; os.kill(os.getpid(), 19)", timeout=1))
+            cells = [asyncio.create_task(impatient.execute(f"'{'x' * 10 * MIB}'; None", timeout=1)) for _ in range(5)]
+            for _ in range(20):
+                assert await text_of(other, "1") == "1"
+            outcomes = await asyncio.gather(stopped, *cells, return_exceptions=True)
+    assert isinstance(outcomes[0], ExecutionTimeout)
+    assert all(isinstance(outcome, (ExecutionTimeout, ExecutionResult)) for outcome in outcomes)
+    assert await text_of(impatient, "2") == "2"
+
+
 # -- lost ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import re
 import resource
 import secrets
 import signal
+import struct
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -143,6 +144,15 @@ def test_any_bytes_and_any_type_can_be_asked_about(data: bytes, mime_type: str) 
     """G10, G11."""
     if looks_like(data, mime_type):
         assert image_extension(mime_type) is not None
+
+
+def test_an_image_that_claims_to_be_huge_is_stored_as_the_bytes_it_is(tmp_path: Path) -> None:
+    """G10: 50000 by 50000 pixels, which nobody here unpacks."""
+    size = struct.pack(">II", 50_000, 50_000)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + size + bytes([8, 6, 0, 0, 0]) + bytes(4)
+    saved = ImageFolder(tmp_path).save(bomb, "image/png")
+    assert saved is not None
+    assert saved.read_bytes() == bomb
 
 
 def test_images_of_one_second_have_different_names_and_sort_in_order(tmp_path: Path) -> None:
