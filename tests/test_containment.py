@@ -1981,6 +1981,7 @@ NO_FILTERS = (
     ("supervisor.py", r'seccomp\.install\("outer"\)', "pass"),
     ("isolation.py", r'seccomp\.install\("inner"\)', "pass"),
 )
+AS_SHOWN = ("isolation.py", r"    _restrict_taken\(\)\n", "")
 NO_NEW_PRIVILEGES = ("isolation.py", r'    _check\("no new privileges".*\)\n', "")
 
 
@@ -2045,7 +2046,7 @@ async def _processes_unbounded(executor: CodeExecutor) -> bool:
 
 DOCKER_MUTANTS = {
     "read-only root (A2)": DockerMutant(
-        _host_config(ReadonlyRootfs=False), (WITHOUT_LANDLOCK,), _image_written, separate=False
+        _host_config(ReadonlyRootfs=False), (WITHOUT_LANDLOCK, AS_SHOWN), _image_written, separate=False
     ),
     "read-only root of a lone session (A2)": DockerMutant(
         _host_config(ReadonlyRootfs=False), (WITHOUT_LANDLOCK,), _image_written

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import resource
 import socket
 import stat
@@ -110,6 +111,7 @@ def build_root(binds: list[dict[str, Any]], key: str | None, limits: dict[str, A
     for name in sorted(os.listdir("/")):
         if name not in _OWN:
             _take_over(f"/{name}", f"{NEW_ROOT}/{name}")
+    _restrict_taken()
     _hide_resolver()
     _make_app(binds, key, limits)
     tmp = f"{NEW_ROOT}/tmp"
@@ -149,6 +151,20 @@ def _take_over(source: str, target: str) -> None:
     else:
         return
     _mount(f"bind {source}", source, target, None, MS_BIND | MS_REC, None)
+
+
+def _restrict_taken() -> None:
+    """Make all that was taken over read-only, without set-user programs and devices, where it is not so already.
+
+    It is with bubblewrap. An image is shown by its engine as it is.
+    """
+    with open("/proc/self/mountinfo") as file:
+        lines = [line.split() for line in file]
+    for fields in lines:
+        # The kernel spells blanks, tabs, line ends and backslashes as octal numbers.
+        place = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), fields[4])
+        if place.startswith(f"{NEW_ROOT}/") and not {"ro", "nosuid", "nodev"} <= {*fields[5].split(",")}:
+            _readonly(place)
 
 
 def _hide_resolver() -> None:
