@@ -25,6 +25,7 @@ import pytest
 import test_containment as attempts
 from sandboxes import containers, sandboxed, supervisors
 from test_containment import NUMBERS, inside
+from test_libraries import use_files, use_fork, use_loopback, use_pty, use_shared_memory, use_spawn, use_subprocess
 from test_lifetime import DAEMONS, back_to, held, none_survives, own_tmp, traces, until
 
 from actbox import (
@@ -861,11 +862,13 @@ async def test_alone_what_else_the_user_runs_does_not_count(workspace_path: Path
             assert await inside(executor, attempts.forked, 10) == 10
 
 
-@pytest.mark.parametrize("use", [attempts.use_fork, attempts.use_spawn, attempts.use_shared_memory, attempts.use_pty,
-                                 attempts.use_loopback, attempts.use_subprocess, attempts.use_files],
-                         ids=lambda use: use.__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "use",
+    [use_fork, use_spawn, use_shared_memory, use_pty, use_loopback, use_subprocess, use_files],
+    ids=lambda use: use.__name__,
+)
 async def test_alone_ordinary_python_works(alone: CodeExecutor, use: Callable[[], bool], engine: str) -> None:
     """H11."""
     # Docker turns IPv6 off where there is no network.
-    arguments = [False] if use is attempts.use_loopback and engine == "docker" else []
+    arguments = [False] if use is use_loopback and engine == "docker" else []
     assert await inside(alone, use, *arguments) is True
