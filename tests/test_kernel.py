@@ -367,7 +367,7 @@ async def test_a_data_frame_comes_as_html_and_as_text(executor: CodeExecutor) ->
     pytest.importorskip("pandas")
     result = await run(executor, "import pandas as pd\npd.DataFrame({'a': [1, 2]})")
     data = only(result.outputs, "execute_result").data
-    assert set(data) == {"text/plain", "text/html"}
+    assert set(data) == {"text/plain", "text/html", "application/vnd.actbox.table+json"}
     assert "<table" in data["text/html"]
     # Columns are aligned by leading blanks, so those stay.
     assert result.text == data["text/plain"] == "   a\n0  1\n1  2"

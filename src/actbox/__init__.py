@@ -3,6 +3,7 @@
 The six names of `actbox.executor` are those of its ancestor; see the README for what differs.
 """
 
+from actbox.blocks import Block, ImageBlock, OutputPolicy, TextBlock, to_anthropic, to_openai
 from actbox.client import ExecutionClient
 from actbox.container import ExecutionContainer
 from actbox.doctor import Layer, examine
@@ -52,7 +53,8 @@ from actbox.executor import (
 from actbox.forks import Checkpoint
 from actbox.logger import Logger
 from actbox.network import Network
-from actbox.result import ExecutionResult, Image, Output
+from actbox.outputs import Image, Output
+from actbox.result import ExecutionResult
 from actbox.spec import Limits
 from actbox.workspace import Workspace
 
@@ -62,6 +64,7 @@ __all__ = [
     "ActboxError",
     "Checkpoint",
     "CheckpointMissing",
+    "Block",
     "CodeExecutionContainer",
     "CodeExecutionEnvironment",
     "CodeExecutor",
@@ -81,6 +84,7 @@ __all__ = [
     "ExecutionTimeout",
     "ForkRefused",
     "Image",
+    "ImageBlock",
     "InvalidArgument",
     "InvalidKey",
     "KernelDied",
@@ -92,11 +96,13 @@ __all__ = [
     "Logger",
     "Network",
     "Output",
+    "OutputPolicy",
     "PortInUse",
     "ProtocolError",
     "SandboxUnavailable",
     "SessionBroken",
     "StateError",
+    "TextBlock",
     "TransferRefused",
     "Workspace",
     "WorkspaceError",
@@ -109,4 +115,6 @@ __all__ = [
     "execution_environment",
     "list_containers",
     "prune_containers",
+    "to_anthropic",
+    "to_openai",
 ]

@@ -211,6 +211,7 @@ class ExecutionClient(FileTransfers):
         return self._enqueue(Execution(self, "", self.keep_image, transfer))
 
     def _enqueue(self, execution: Execution) -> Execution:
+        execution.keep_text = self.keep_text
         self._queue.append(execution)
         self._start_runner()
         return execution
@@ -412,6 +413,10 @@ class ExecutionClient(FileTransfers):
 
     def keep_image(self, data: bytes, mime_type: str) -> Path | None:  # noqa: ARG002 - for subclasses
         """Save an image and say where; called in a worker thread. This class saves none."""
+        return None
+
+    def keep_text(self, text: str) -> str | None:  # noqa: ARG002 - for subclasses
+        """Keep a text where the session can read it, and say where, inside. This class keeps none."""
         return None
 
     async def note_end(self, execution: Execution) -> None:

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import builtins
 import signal as _signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +69,13 @@ __all__ = [
 
 
 class ActboxError(Exception):
-    """The root of everything that actbox raises on purpose."""
+    """The root of everything that actbox raises on purpose.
+
+    `result` is an `ExecutionResult` of what a cell had put out when it ended with this exception, ready to be read by
+    `for_model`; None if the exception is not about a cell.
+    """
+
+    result: Any = None
 
 
 class InvalidArgument(ActboxError, ValueError):

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from actbox.errors import (
+    ActboxError,
     ExecutionError,
     ExecutionInterrupted,
     ExecutionLost,
@@ -41,7 +42,8 @@ from actbox.events import (
     UpdateDisplayData,
 )
 from actbox.files import looks_like
-from actbox.result import ExecutionResult, Fold, Image, bundle_size, image_types, strip_ansi
+from actbox.outputs import Image, image_types, strip_ansi
+from actbox.result import ExecutionResult, Fold, bundle_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
@@ -110,6 +112,7 @@ class Execution:
     ) -> None:
         self.code = code
         self.transfer = transfer
+        self.keep_text: Callable[[str], str | None] | None = None
         self._client = client
         self._keep_image = keep_image
         self._fold: Fold | None = None
@@ -140,6 +143,58 @@ class Execution:
     def outcome(self) -> Outcome | None:
         """How the cell ended; None while it has not."""
         return self._outcome
+
+    @property
+    def error(self) -> ActboxError | None:
+        """The exception that `result` raises for how the cell ended, without its `result`; None if for none."""
+        if self._outcome is None or isinstance(self._outcome, Finished):
+            return None
+        text = None if self._fold is None else self._fold.text()
+        what = "cell" if self.transfer is None else "transfer"
+        match self._outcome:
+            case Failed(error):
+                return ExecutionError(
+                    f"{error.name}: {error.value}",
+                    strip_ansi(error.traceback),
+                    name=error.name,
+                    value=error.value,
+                    colored_trace=error.traceback,
+                    text=text,
+                )
+            case Interrupted(state_kept, error, _, back):
+                trace = strip_ansi(error.traceback) if error else None
+                return ExecutionInterrupted(
+                    state_kept=state_kept, trace=trace, text=text, what=what, rolled_back_to=back
+                )
+            case TimedOut(timeout, state_kept, started, back):
+                return ExecutionTimeout(
+                    timeout, state_kept=state_kept, started=started, text=text, what=what, rolled_back_to=back
+                )
+            case Exceeded(overrun, state_kept, error, back):
+                return LimitExceeded(
+                    overrun.limit,
+                    overrun.bound,
+                    overrun.use,
+                    state_kept=state_kept,
+                    trace=strip_ansi(error.traceback) if error else None,
+                    name=error.name if error else None,
+                    value=error.value if error else None,
+                    text=text,
+                    rolled_back_to=back,
+                )
+            case Died(signal, exit_code, reason, memory_limit, back):
+                return KernelDied(
+                    signal=signal,
+                    exit_code=exit_code,
+                    reason=reason,
+                    memory_limit=memory_limit,
+                    text=text,
+                    rolled_back_to=back,
+                )
+            case Lost(reason, violation):
+                if violation:
+                    return ProtocolError(reason)
+                return ExecutionLost(f"{reason}: it is unknown whether the {what} had its effects", text=text)
 
     @property
     def restarted(self) -> bool:
@@ -212,7 +267,14 @@ class Execution:
         """What the cell has put out until now, whether it still runs, ended well or not."""
         count = self._outcome.execution_count if isinstance(self._outcome, Finished | Failed) else 0
         fold = self._fold or Fold(1024, 1024)
-        return fold.result(images=list(self._images), execution_count=count, duration=self._duration)
+        error = self.error
+        return fold.result(
+            images=list(self._images),
+            execution_count=count,
+            duration=self._duration,
+            ending=None if error is None else str(error),
+            keep_text=self.keep_text,
+        )
 
     # -- for the client ------------------------------------------------------------------------------------------
 
@@ -374,56 +436,11 @@ class Execution:
         return chunk
 
     def _conclude(self) -> ExecutionResult:
-        result = self.so_far()
-        what = "cell" if self.transfer is None else "transfer"
-        match self._outcome:
-            case Finished():
-                return result
-            case Failed(error):
-                raise ExecutionError(
-                    f"{error.name}: {error.value}",
-                    strip_ansi(error.traceback),
-                    name=error.name,
-                    value=error.value,
-                    colored_trace=error.traceback,
-                    text=result.text,
-                )
-            case Interrupted(state_kept, error, _, back):
-                trace = strip_ansi(error.traceback) if error else None
-                raise ExecutionInterrupted(
-                    state_kept=state_kept, trace=trace, text=result.text, what=what, rolled_back_to=back
-                )
-            case TimedOut(timeout, state_kept, started, back):
-                raise ExecutionTimeout(
-                    timeout, state_kept=state_kept, started=started, text=result.text, what=what, rolled_back_to=back
-                )
-            case Exceeded(overrun, state_kept, error, back):
-                raise LimitExceeded(
-                    overrun.limit,
-                    overrun.bound,
-                    overrun.use,
-                    state_kept=state_kept,
-                    trace=strip_ansi(error.traceback) if error else None,
-                    name=error.name if error else None,
-                    value=error.value if error else None,
-                    text=result.text,
-                    rolled_back_to=back,
-                )
-            case Died(signal, exit_code, reason, memory_limit, back):
-                raise KernelDied(
-                    signal=signal,
-                    exit_code=exit_code,
-                    reason=reason,
-                    memory_limit=memory_limit,
-                    text=result.text,
-                    rolled_back_to=back,
-                )
-            case Lost(reason, violation):
-                if violation:
-                    raise ProtocolError(reason)
-                raise ExecutionLost(f"{reason}: it is unknown whether the {what} had its effects", text=result.text)
-            case None:
-                raise AssertionError("concluded before its end")
+        result, error = self.so_far(), self.error
+        if error is None:
+            return result
+        error.result = result
+        raise error
 
 
 def _backlog_size(event: Event) -> int:

@@ -16,11 +16,11 @@ from actbox.container import ExecutionContainer
 from actbox.dotenv import dotenv_variables
 from actbox.errors import InvalidArgument
 from actbox.events import Died, Exceeded, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
-from actbox.files import ImageFolder, remove_folder
+from actbox.files import ImageFolder, TextFolder, remove_folder
 from actbox.forks import Checkpoint, Copy, Files
 from actbox.guest.folders import BRANCHES
 from actbox.logger import Logger
-from actbox.result import strip_ansi
+from actbox.outputs import strip_ansi
 from actbox.shielded import in_thread
 from actbox.spec import DEFAULT_TAG, Bind, bind_target, check_key
 from actbox.workspace import Workspace
@@ -142,6 +142,7 @@ class CodeExecutor(ExecutionClient):
         self._owns_copy = False
         super().__init__(*args, **kwargs)
         self._images = ImageFolder(self.images_dir)
+        self._texts = TextFolder(self.working_dir)
 
     async def connect(self) -> None:
         """Make the executor's folders, then connect; see `ExecutionClient.connect`.
@@ -187,6 +188,7 @@ class CodeExecutor(ExecutionClient):
                 name = secrets.token_hex(8)
                 await branch.ask({"type": "settle", "name": name})
                 branch._copied, branch._owns_copy = name, True
+                branch._texts = TextFolder(branch.working_dir)
 
         return await self._do(timeout, lambda: self._fork(force=force, prepare=prepare))
 
@@ -209,6 +211,7 @@ class CodeExecutor(ExecutionClient):
 
     async def _leave_folder(self) -> None:
         folder, name, self._folder, self._copied = self._folder, self._copied, self._key, None
+        self._texts = TextFolder(self.working_dir)
         if name is not None and self._owns_copy:
             await in_thread(remove_folder, self._workspace.private_skills_path, folder, BRANCHES, name)
 
@@ -293,6 +296,10 @@ class CodeExecutor(ExecutionClient):
     def keep_image(self, data: bytes, mime_type: str) -> Path | None:
         """See `ExecutionClient.keep_image`."""
         return self._images.save(data, mime_type)
+
+    def keep_text(self, text: str) -> str | None:
+        """See `ExecutionClient.keep_text`."""
+        return f"{self._inside}/{self._texts.save(text)}"
 
     async def note_end(self, execution: Execution) -> None:
         """See `ExecutionClient.note_end`."""

@@ -4,8 +4,8 @@ What a guest can write, it can replace by a symbolic link to anything of the hos
 (CVE-2024-42472 and its kin). So a folder is opened one component at a time, relative to the descriptor of the one above
 and never through a link, and a file is created under a name of the host's choice, relative to such a descriptor.
 
-What the bytes claim to be is checked by their first bytes. They are never parsed or decoded on the host: a PNG of a few
-bytes can ask for gigabytes of pixels, and image decoders are what attacks are made for.
+What the bytes claim to be is checked by their first bytes. They are never parsed or decoded here: a PNG of a few bytes
+can ask for gigabytes of pixels, and image decoders are what attacks are made for.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import re
 import secrets
 import shutil
 import stat
+import threading
+from collections import deque
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -24,10 +26,10 @@ from typing import TYPE_CHECKING
 from actbox.errors import WorkspaceError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
     from pathlib import Path
 
-__all__ = ["ImageFolder", "image_extension", "looks_like", "open_folder", "remove_folder"]
+__all__ = ["ImageFolder", "TextFolder", "image_extension", "looks_like", "open_folder", "remove_folder"]
 
 # MIME type to (extension, what the file begins with). WebP has its length between the two parts of its mark; SVG is
 # text and is looked at apart.
@@ -115,37 +117,80 @@ class ImageFolder:
             return None
         with open_folder(self.path) as folder:
             try:
-                name, file = self._create(folder, extension)
-                self._fill(folder, name, file, data)
+                name, file = _create(folder, self._numbers, extension)
+                _fill(folder, name, file, data)
             except OSError as exc:
                 remedy = "make it writable for this user" if exc.errno in _FORBIDDEN else "see that its disk has room"
                 raise WorkspaceError(self.path, f"no image can be saved here ({exc.strerror}); {remedy}") from exc
         return self.path / name
 
-    def _create(self, folder: int, extension: str) -> tuple[str, int]:
-        tries = 0
-        while True:
-            time = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-            name = f"{time}-{next(self._numbers):04d}-{secrets.token_hex(3)}{extension}"
-            try:
-                return name, os.open(name, _NEW_FILE, 0o644, dir_fd=folder)
-            except FileExistsError:
-                tries += 1
-                if tries == _TRIES:
-                    raise
 
-    def _fill(self, folder: int, name: str, file: int, data: bytes) -> None:
-        try:
+class TextFolder:
+    """A hidden folder in one that a session may write, into which the host puts long texts for the session to read.
+
+    Texts get names of the host's; nothing there is overwritten or followed. The newest are kept, together at most
+    `MAX_KEPT` bytes and `MAX_TEXTS` of them; older ones of this object's are removed. `save` blocks on the disk. It may
+    be called from several threads at once.
+
+    State: `_kept`, name and size of every file that was written and not removed, the oldest first.
+    """
+
+    NAME = ".outputs"
+    MAX_KEPT = 32 << 20
+    MAX_TEXTS = 100
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._numbers = itertools.count(1)
+        self._kept: deque[tuple[str, int]] = deque()
+        self._lock = threading.Lock()
+
+    def save(self, text: str) -> str:
+        """Write the text as UTF-8 to a new file, and return its name within `path`.
+
+        Raises:
+            WorkspaceError: the folder is missing, a symbolic link, not writable, or the disk is full.
+        """
+        data = text.encode("utf-8", "backslashreplace")
+        with self._lock, open_folder(self.path, self.NAME, make=True) as folder:
             try:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(file, rest) :]
-            finally:
-                os.close(file)  # where a full quota is reported late (NFS), it is here
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name, dir_fd=folder)
-            raise
+                name, file = _create(folder, self._numbers, ".txt")
+                _fill(folder, name, file, data)
+            except OSError as exc:
+                remedy = "make it writable for this user" if exc.errno in _FORBIDDEN else "see that its disk has room"
+                raise WorkspaceError(self.path, f"no text can be saved here ({exc.strerror}); {remedy}") from exc
+            self._kept.append((name, len(data)))
+            while len(self._kept) > self.MAX_TEXTS or sum(size for _, size in self._kept) > self.MAX_KEPT:
+                with suppress(OSError):  # the session may have removed it
+                    os.unlink(self._kept.popleft()[0], dir_fd=folder)
+        return f"{self.NAME}/{name}"
+
+
+def _create(folder: int, numbers: Iterator[int], extension: str) -> tuple[str, int]:
+    tries = 0
+    while True:
+        time = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        name = f"{time}-{next(numbers):04d}-{secrets.token_hex(3)}{extension}"
+        try:
+            return name, os.open(name, _NEW_FILE, 0o644, dir_fd=folder)
+        except FileExistsError:
+            tries += 1
+            if tries == _TRIES:
+                raise
+
+
+def _fill(folder: int, name: str, file: int, data: bytes) -> None:
+    try:
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(file, rest) :]
+        finally:
+            os.close(file)  # where a full quota is reported late (NFS), it is here
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name, dir_fd=folder)
+        raise
 
 
 @contextmanager

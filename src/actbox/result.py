@@ -6,12 +6,11 @@ out is counted and said.
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from actbox.blocks import make_blocks
 from actbox.events import (
     ClearOutput,
     DisplayData,
@@ -23,9 +22,24 @@ from actbox.events import (
     Stream,
     UpdateDisplayData,
 )
+from actbox.outputs import Image, Output, image_types, plain_text, strip_ansi
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    from actbox.blocks import Block, OutputPolicy
+
+__all__ = [
+    "ExecutionResult",
+    "Fold",
+    "Image",
+    "Output",
+    "bundle_size",
+    "image_types",
+    "join_text",
+    "plain_text",
+    "strip_ansi",
+]
 
 _MAX_OUTPUTS = 10_000
 # More displays of one name than anybody shows; an update is a short frame, and may not cost the host long.
@@ -33,49 +47,11 @@ _MAX_UPDATED = 100
 # What one output costs beside its text, so that a million empty ones are not free.
 _OVERHEAD = 64
 _MERGE_BELOW = 4096
-# CSI, OSC and the other escape sequences of ECMA-48, and what is left of broken ones.
-_ANSI = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?|\x1b[ -/]*[0-~]?|[\x80-\x9f]"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """An image that a cell displayed: its bytes as the guest sent them, never decoded, and where they were saved.
-
-    `path` is None when the client has no image folder, or when the bytes are not what `mime_type` claims.
-    """
-
-    data: bytes
-    mime_type: str
-    path: Path | None = None
-
-    def save(self, path: str | Path) -> None:
-        """Write the bytes to a file of the caller's choice."""
-        Path(path).write_bytes(self.data)
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One output, as in a notebook. `kind` is the nbformat output type.
-
-    For a stream `name` and `text` are set; for a display or a result `data` and `metadata`; for an error `name`
-    (exception), `text` (its message) and `trace`.
-    """
-
-    kind: Literal["stream", "display_data", "execute_result", "error"]
-    name: str | None = None
-    text: str = ""
-    data: MimeData = field(default_factory=dict[str, Any])
-    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    display_id: str | None = None
-    execution_count: int | None = None
-    trace: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutionResult:
-    """The result of a cell that ran to its end.
+    """The result of a cell that ran to its end, or what had come of one that did not.
 
     Attributes:
         text: everything printed, and the plain text of what was displayed, in order; None if there is none.
@@ -86,6 +62,7 @@ class ExecutionResult:
         restarted: the kernel before this cell had died, so the cell began without the session's earlier state.
         execution_count: the cell's number, as in `In [n]`.
         duration: seconds from the cell's start to its end, seen from the host.
+        ending: the message of the exception that the cell ended with; None if it ran to its end, or still runs.
     """
 
     text: str | None
@@ -96,6 +73,30 @@ class ExecutionResult:
     restarted: bool = False
     execution_count: int = 0
     duration: float = 0.0
+    ending: str | None = None
+    # Keeps a text where the session can read it, and says where that is, inside; None if it cannot be kept.
+    _keep_text: Callable[[str], str | None] | None = field(default=None, repr=False, compare=False)
+
+    def for_model(self, policy: OutputPolicy | None = None) -> list[Block]:
+        """The result as text and images that fit a model's context; nothing is taken from the result itself.
+
+        The blocks are plain dictionaries, those of the Model Context Protocol's content:
+        `{"type": "text", "text": str}` and `{"type": "image", "data": base64 as str, "mimeType": str}`. There is at
+        least one, and what is left out is named in its place. See `OutputPolicy` for the bounds, `to_anthropic` and
+        `to_openai` for two APIs.
+
+        When text is left out, all of it is written to a file that the session can read, and the text says where. That
+        blocks on the disk for a moment: call this in a worker thread where it matters. Never raises for what the guest
+        sent, or for a disk that is full.
+        """
+        return make_blocks(
+            self.outputs,
+            policy,
+            restarted=self.restarted,
+            ending=self.ending,
+            omitted_media=self.omitted_media,
+            keep_text=self._keep_text,
+        )
 
     @property
     def truncated(self) -> bool:
@@ -242,7 +243,15 @@ class Fold:
         """All text in order, without blank lines at its ends; None if nothing is left."""
         return join_text(self.outputs()) or None
 
-    def result(self, *, images: list[Image], execution_count: int, duration: float) -> ExecutionResult:
+    def result(
+        self,
+        *,
+        images: list[Image],
+        execution_count: int,
+        duration: float,
+        ending: str | None = None,
+        keep_text: Callable[[str], str | None] | None = None,
+    ) -> ExecutionResult:
         """The result so far."""
         return ExecutionResult(
             text=self.text(),
@@ -253,6 +262,8 @@ class Fold:
             restarted=self.restarted,
             execution_count=execution_count,
             duration=duration,
+            ending=ending,
+            _keep_text=keep_text,
         )
 
 
@@ -271,22 +282,6 @@ def join_text(outputs: list[Output]) -> str:
             pieces.append(text)
     # Leading blanks belong to the first line: tables are aligned by them.
     return "".join(pieces).rstrip().lstrip("\n")
-
-
-def image_types(data: MimeData) -> list[tuple[str, bytes]]:
-    """The images in a bundle, at most one: the first of PNG, JPEG, GIF, WebP, SVG."""
-    for mime in ("image/png", "image/jpeg", "image/gif", "image/webp", "image/svg+xml"):
-        value = data.get(mime)
-        if isinstance(value, str):
-            value = value.encode()
-        if isinstance(value, bytes) and value:
-            return [(mime, value)]
-    return []
-
-
-def strip_ansi(text: str) -> str:
-    """Text without colours and other escape sequences."""
-    return _ANSI.sub("", text)
 
 
 def _push(outputs: list[Output] | deque[Output], output: Output, below: int | None = None) -> None:
@@ -321,12 +316,6 @@ def _plain(output: Output) -> str:
     if output.kind in ("stream", "error"):
         return output.text
     return plain_text(output.data)
-
-
-def plain_text(data: MimeData) -> str:
-    """A display's text for those who show nothing else; empty if it has none."""
-    text = data.get("text/plain")
-    return text if isinstance(text, str) else ""
 
 
 def _media_cost(data: MimeData, metadata: Mapping[str, Any]) -> int:

@@ -31,6 +31,8 @@ from IPython.core.page import as_hook, display_page
 from traitlets import Any as AnyTrait
 from traitlets import Instance, Type
 
+from . import tables
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
@@ -210,6 +212,7 @@ class Shell(InteractiveShell):
 
     def init_display_formatter(self) -> None:
         self.display_formatter = Formats(parent=self)
+        tables.register(self.display_formatter)
         self.configurables.append(self.display_formatter)  # pyright: ignore[reportArgumentType]
 
     def init_hooks(self) -> None:

@@ -1,0 +1,29 @@
+"""The examples run, and leave nothing behind. `make demo` runs the longest of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+SECONDS = 60
+
+
+@pytest.mark.usefixtures("default_engine")
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("example", [path for path in EXAMPLES if path.name != "demo.py"], ids=lambda path: path.stem)
+def test_an_example_runs(example: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(example)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert list(tmp_path.iterdir()) == []
