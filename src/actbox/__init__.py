@@ -62,9 +62,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActboxError",
+    "Block",
     "Checkpoint",
     "CheckpointMissing",
-    "Block",
     "CodeExecutionContainer",
     "CodeExecutionEnvironment",
     "CodeExecutor",

@@ -33,6 +33,7 @@ from actbox import (
     ExecutionError,
     InvalidArgument,
     Layer,
+    LocalPathError,
     Network,
     Output,
     ProtocolError,
@@ -179,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help=f"time after which the code is interrupted (default: {DEFAULT_SECONDS:g})",
     )
+    run.add_argument(
+        "--notebook",
+        type=_notebook_path,
+        metavar="FILE",
+        help="write the session to a Jupyter notebook, whatever came of it",
+    )
     run.add_argument("--json", action="store_true", help="print one JSON document at the end, and nothing before")
 
     repl = add("repl", "run cells in one session, from a prompt or from standard input")
@@ -187,6 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     repl.add_argument(
         "--timeout", type=_seconds, default=_ENDLESS_SECONDS, metavar="SECONDS", help="bound on each cell (none)"
     )
+
+    repl.add_argument("--notebook", type=_notebook_path, metavar="FILE", help="write the session to a Jupyter notebook")
 
     build = add("build", "make or replace an environment, to be used by --tag")
     build.set_defaults(command=_build)
@@ -248,6 +257,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _notebook_path(text: str) -> Path:
+    path = Path(text)
+    if "\0" in text or not path.name or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{ascii(text)[:200]} is no file in a folder that is there")
+    return path
+
+
 # -- run and repl ----------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +280,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
                     await console.write("stdout", _as_json(document))
                 else:
                     await CellPrinter(console).follow(execution, arguments.timeout)
-            return _code_for(execution.outcome)
+            written = await _write_notebook(executor, arguments, console)
+            return _code_for(execution.outcome) if written else ExitCode.HOST
 
     try:
         return asyncio.run(Signals.run(command))
@@ -279,10 +296,24 @@ def _repl(arguments: argparse.Namespace, console: Console) -> int:
 
     async def command(signals: Signals) -> int:
         async with _session(arguments, env, console) as executor:
-            await prompt.converse(executor, console, signals, arguments.timeout)
-        return ExitCode.FINISHED
+            try:
+                await prompt.converse(executor, console, signals, arguments.timeout)
+            finally:
+                written = await _write_notebook(executor, arguments, console)
+        return ExitCode.FINISHED if written else ExitCode.HOST
 
     return asyncio.run(Signals.run(command))
+
+
+async def _write_notebook(executor: CodeExecutor, arguments: argparse.Namespace, console: Console) -> bool:
+    """Write the notebook that was asked for; whether that went well. What the code put out is out already."""
+    try:
+        if arguments.notebook is not None:
+            await executor.save_notebook(arguments.notebook)
+    except LocalPathError as exc:
+        console.say_now(f"no notebook was written: {exc}")
+        return False
+    return True
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ import logging
 import math
 from collections import deque
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from actbox.errors import (
@@ -128,6 +129,7 @@ class Execution:
         self._room: asyncio.Future[None] | None = None
         self._outcome: Outcome | None = None
         self._waiting: list[asyncio.Future[None]] = []
+        self.started: datetime | None = None
         self._began = 0.0
         self._duration = 0.0
         self._at_line_start = True
@@ -284,6 +286,7 @@ class Execution:
             self._fold = Fold(limits.output, limits.media)
             self._media_limit = limits.media
             self._began = asyncio.get_running_loop().time()
+            self.started = datetime.now(UTC)
         if restarted:
             self._fold.restarted = True
             self._give_event(KernelRestarted())

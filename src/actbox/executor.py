@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import shutil
 import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -16,13 +18,15 @@ from actbox.container import ExecutionContainer
 from actbox.dotenv import dotenv_variables
 from actbox.errors import InvalidArgument
 from actbox.events import Died, Exceeded, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
-from actbox.files import ImageFolder, TextFolder, remove_folder
+from actbox.files import ImageFolder, TextFolder, remove_folder, replace_file
 from actbox.forks import Checkpoint, Copy, Files
 from actbox.guest.folders import BRANCHES
+from actbox.history import History
 from actbox.logger import Logger
+from actbox.notebook import make_notebook, notebook_bytes
 from actbox.outputs import strip_ansi
 from actbox.shielded import in_thread
-from actbox.spec import DEFAULT_TAG, Bind, bind_target, check_key
+from actbox.spec import DEFAULT_TAG, MIB, Bind, bind_target, check_key
 from actbox.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -127,13 +131,26 @@ class CodeExecutor(ExecutionClient):
         workspace: the workspace of the container.
         args, kwargs: as of `ExecutionClient`: port, host, heartbeat_interval, token, interrupt_grace.
         logger: where each execution is recorded, if given.
+        history: bytes of code and outputs that are remembered for `notebook`, in at most 1000 cells; what is older is
+            forgotten, and 0 remembers nothing. Default 32 MiB.
 
     Raises:
         InvalidKey: the key cannot be used; nothing was touched.
     """
 
-    def __init__(self, key: str, workspace: Workspace, *args: Any, logger: Logger | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        key: str,
+        workspace: Workspace,
+        *args: Any,
+        logger: Logger | None = None,
+        history: int = 32 * MIB,
+        **kwargs: Any,
+    ) -> None:
         self._key = check_key(key)
+        if type(history) is not int or history < 0:
+            raise InvalidArgument("history", history, "pass a number of bytes, or 0 to remember nothing")
+        self._history = History(history)
         self._workspace = workspace
         self._logger = logger
         # Of a branch: whose folder it works in, and the name of its copy.
@@ -194,6 +211,7 @@ class CodeExecutor(ExecutionClient):
 
     def _become_branch(self, key: str | None) -> None:
         self._owns_copy = False
+        self._history = self._history.branch()
         if key is not None:
             self._key = check_key(key)
             self._images = ImageFolder(self.images_dir)
@@ -296,6 +314,38 @@ class CodeExecutor(ExecutionClient):
     def keep_image(self, data: bytes, mime_type: str) -> Path | None:
         """See `ExecutionClient.keep_image`."""
         return self._images.save(data, mime_type)
+
+    async def submit(self, code: str) -> Execution:
+        """See `ExecutionClient.submit`."""
+        execution = await super().submit(code)
+        self._history.add(execution)
+        return execution
+
+    def notebook(self) -> dict[str, Any]:
+        """The session so far, or until its end, as an executed Jupyter notebook: nbformat 4.5, as JSON values.
+
+        Every cell that was submitted is there with its outputs; its metadata tell how it ended (`actbox`) and when it
+        ran (`execution`). A cell that ended badly has an error output that says how, and a line stands where the kernel
+        was a fresh one. What went beyond `history` is said to be missing.
+        """
+        cells = self._history.cells()
+        return make_notebook(cells, forgotten=self._history.forgotten, key=self._key, version=version("actbox"))
+
+    async def save_notebook(self, path: str | Path) -> None:
+        """Write `notebook()` to a file, which is replaced at once if it is there; its folder must be.
+
+        Raises:
+            LocalPathError: the file cannot be written. A folder of the workspace is not reached through a link.
+        """
+        await asyncio.to_thread(self._write_notebook, self.notebook(), path)
+
+    def _write_notebook(self, notebook: dict[str, Any], place: str | Path) -> None:
+        root, data = self._workspace.path, notebook_bytes(notebook)
+        path = Path(os.path.normpath(Path(place).absolute()))
+        if path.is_relative_to(root):
+            replace_file(root, path.parent.relative_to(root).parts, path.name, data)
+        else:
+            replace_file(path.parent.resolve(), (), path.name, data)
 
     def keep_text(self, text: str) -> str | None:
         """See `ExecutionClient.keep_text`."""

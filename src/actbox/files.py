@@ -23,13 +23,21 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from actbox.errors import WorkspaceError
+from actbox.errors import LocalPathError, WorkspaceError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["ImageFolder", "TextFolder", "image_extension", "looks_like", "open_folder", "remove_folder"]
+__all__ = [
+    "ImageFolder",
+    "TextFolder",
+    "image_extension",
+    "looks_like",
+    "open_folder",
+    "remove_folder",
+    "replace_file",
+]
 
 # MIME type to (extension, what the file begins with). WebP has its length between the two parts of its mark; SVG is
 # text and is looked at apart.
@@ -191,6 +199,30 @@ def _fill(folder: int, name: str, file: int, data: bytes) -> None:
         with suppress(OSError):
             os.unlink(name, dir_fd=folder)
         raise
+
+
+def replace_file(root: Path, below: Sequence[str], name: str, data: bytes) -> None:
+    """Write the file `root/below.../name` whole: a new one is made beside it, and takes its place at once.
+
+    Whatever had the name before is replaced, a symbolic link too, but no folder. Blocks on the disk.
+
+    Raises:
+        LocalPathError: the folder is missing or reached through a link, or the file cannot be written.
+    """
+    path = root.joinpath(*below, name)
+    try:
+        with open_folder(root, *below) as folder:
+            new = f".{secrets.token_hex(8)}.part"
+            _fill(folder, new, os.open(new, _NEW_FILE, 0o666, dir_fd=folder), data)
+            try:
+                os.replace(new, name, src_dir_fd=folder, dst_dir_fd=folder)
+            except OSError:
+                os.unlink(new, dir_fd=folder)
+                raise
+    except WorkspaceError as exc:
+        raise LocalPathError(exc.path, exc.problem) from exc
+    except OSError as exc:
+        raise LocalPathError(path, f"it cannot be written ({exc.strerror}); pass another path") from exc
 
 
 @contextmanager
