@@ -248,12 +248,12 @@ async def test_a_session_is_a_notebook_that_tells_what_happened(executor: CodeEx
     assert checked(saved) == executor.notebook()
     last = [cell["metadata"]["actbox"] for cell in saved["cells"][-2:]]
     assert [(facts["outcome"], facts["ran"]) for facts in last] == [("lost", True), ("lost", False)]
-    assert "<h" in await asyncio.to_thread(as_html, saved)
+    assert "<h" in await asyncio.to_thread(as_html, nbformat.from_dict(saved))  # pyright: ignore[reportUnknownMemberType]
 
 
 def as_html(notebook: Any) -> str:
     with warnings.catch_warnings(action="ignore"):  # nbconvert's own
-        return HTMLExporter().from_notebook_node(nbformat.from_dict(notebook))[0]  # pyright: ignore[reportUnknownMemberType]
+        return HTMLExporter().from_notebook_node(notebook)[0]  # pyright: ignore[reportUnknownMemberType]
 
 
 @pytest.mark.anyio
