@@ -39,6 +39,9 @@ FLOORS: tuple[set[str], ...] = (
     {"family"},
     {"forks", "gateway", "supervision", "transfer"},
     {"execution", "sessions", "way_out"},
+    {"gateway", "supervision", "transfer", "variables"},
+    {"exchange"},
+    {"execution", "sessions", "values", "way_out"},
     {"egress", "engines", "guest", "link", "logger", "result", "usage", "workspace", "cgroups"},
     {"blocks"},
     {"dotenv", "files", "pictures", "protocol", "readable"},
@@ -60,6 +63,7 @@ ONLY = {
     "egress": {"errors", "network"},
     "engines": {"errors", "shielded", "spec"},
     "guest": {"protocol"},
+    "values": {"guest", "protocol"},
     "files": {"errors"},
     "dotenv": {"errors"},
     # Public names alone, and the events, which are as public.

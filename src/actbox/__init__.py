@@ -41,6 +41,9 @@ from actbox.errors import (
     SessionBroken,
     StateError,
     TransferRefused,
+    VariableMissing,
+    VariableRefused,
+    VariableUnsupported,
     WorkspaceError,
 )
 from actbox.execution import Execution
@@ -56,6 +59,7 @@ from actbox.network import Network
 from actbox.outputs import Image, Output
 from actbox.result import ExecutionResult
 from actbox.spec import Limits
+from actbox.variables import Variable
 from actbox.workspace import Workspace
 
 __version__ = "0.1.0"
@@ -104,6 +108,10 @@ __all__ = [
     "StateError",
     "TextBlock",
     "TransferRefused",
+    "Variable",
+    "VariableMissing",
+    "VariableRefused",
+    "VariableUnsupported",
     "Workspace",
     "WorkspaceError",
     "__version__",

@@ -43,6 +43,7 @@ from actbox.protocol import frames, messages
 from actbox.sessions import read_overrun
 from actbox.shielded import finish
 from actbox.transfer import FileTransfers
+from actbox.variables import Variables
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
@@ -77,7 +78,7 @@ class _Stop:
     timer: asyncio.TimerHandle | None = None
 
 
-class ExecutionClient(FileTransfers):
+class ExecutionClient(FileTransfers, Variables):
     """A stateful IPython session in a running container: made on entering the context, destroyed on leaving it.
 
     Cells and transfers of files run in the order in which they were submitted. One client belongs to one event loop;

@@ -19,6 +19,9 @@
     │   └── ExecutionLost                     the container is gone; unknown whether the cell ran
     ├── ProtocolError                         the guest broke the rules of the wire
     ├── TransferRefused                       a path inside, or what came from it, that cannot be transferred
+    ├── VariableRefused                       a variable that cannot be moved: says why, and what can be
+    │   ├── VariableMissing (LookupError)     there is none of this name
+    │   └── VariableUnsupported (TypeError)   a type that does not travel
     ├── ExecutionTimeout (TimeoutError)       a cell outlived its time; says whether the state was kept
     └── ExecutionError                        the cell ended badly
         ├── LimitExceeded                     the session went over one of its limits: which, and by how much
@@ -27,8 +30,8 @@
 
 Whose fault it is can be read from the branch: the caller's (`InvalidArgument`, `StateError`, `WorkspaceError`,
 `LocalPathError`, `EnvironmentNotFound`, `EnvironmentUnusable`, `PortInUse`), the machine's (`SandboxUnavailable`,
-`EnvironmentBuildError`, `ConnectionError`), the guest's (`ProtocolError`, `TransferRefused`, `ExecutionTimeout`,
-`ExecutionError`). Facts are fields, prose is `str()`.
+`EnvironmentBuildError`, `ConnectionError`), the guest's (`ProtocolError`, `TransferRefused`, `VariableRefused`,
+`ExecutionTimeout`, `ExecutionError`). Facts are fields, prose is `str()`.
 
 This module imports nothing of actbox.
 """
@@ -64,6 +67,9 @@ __all__ = [
     "SandboxUnavailable",
     "StateError",
     "TransferRefused",
+    "VariableMissing",
+    "VariableRefused",
+    "VariableUnsupported",
     "WorkspaceError",
 ]
 
@@ -255,6 +261,32 @@ class SessionBroken(ActboxError):
 
     Where a state to go back to is kept (`recover=True`), the session has gone back to it.
     """
+
+
+class VariableRefused(ActboxError):
+    """A variable cannot be moved; the session goes on, its variables as they were.
+
+    `name` is the variable, `reason` why: it is larger than allowed, a library that it needs is not installed inside or
+    here, or what came was no value of the kind that it claimed to be. The reason may quote the guest.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self.reason = reason
+        super().__init__(f"the variable {shown(name)} was not moved: {reason}")
+
+
+class VariableMissing(VariableRefused, LookupError):
+    """There is no variable of this name."""
+
+
+class VariableUnsupported(VariableRefused, TypeError):
+    """A value of a type that does not travel: `type` names it, `remedy` says what does."""
+
+    def __init__(self, name: str, type: str, remedy: str) -> None:  # noqa: A002 - the field's name
+        self.type = type
+        self.remedy = remedy
+        super().__init__(name, f"{type}: {remedy}")
 
 
 class ExecutionTimeout(ActboxError, builtins.TimeoutError):

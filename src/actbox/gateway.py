@@ -37,7 +37,13 @@ _MAX_STRANGERS = 64
 _GATEWAY_TYPES = frozenset({"welcome", "refused", "exited", "pong", "overrun", "branch"})
 _TICKET_SECONDS = 30.0
 # What a kernel is asked for; it gets nothing else from a client.
-_REQUESTS = frozenset({"execute", "download", "upload", "delete", "archive", "archive_end", "fork", "settle", "clear"})
+_REQUESTS = frozenset(
+    {
+        *("execute", "download", "upload", "delete", "archive", "archive_end"),
+        *("variables", "get", "set"),
+        *("fork", "settle", "clear"),
+    }
+)
 _EXIT_SECONDS = 5.0
 _MAX_CELL = 1 << 53
 

@@ -37,6 +37,8 @@ _CREDENTIALS = struct.Struct("=III")
 _SCM_CREDENTIALS = 2
 # Between the deaths of a kernel and of its container, when both are killed at once.
 _SUDDEN_SECONDS = 0.05
+# Requests that may take the processor's time, each as much as a cell.
+_COUNTED = frozenset({"execute", "variables", "get", "set"})
 
 
 class LocalSession:
@@ -172,7 +174,7 @@ class LocalSession:
     async def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
         if self._link is None:
             raise ConnectionResetError("the session was not started")
-        if header.get("type") == "execute" and self.limits.cpu is not None:
+        if header.get("type") in _COUNTED and self.limits.cpu is not None:
             self._order({"op": "cell"})
         # Pieces of an upload may come behind the reply that has ended it.
         self.at_work = self.at_work or header.get("type") not in ("archive", "archive_end")

@@ -22,7 +22,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..protocol import frames
-from . import branching, folders, interrupts
+from . import branching, folders, interrupts, values, variables
 from . import shell as shells
 from .interrupts import Interrupts
 from .output import THREAD, Channel
@@ -75,6 +75,7 @@ class Kernel:
         self._channel = Channel(stream, pipes, self._interrupts)
         os.register_at_fork(after_in_child=self._leave_kin)
         self._transfers = Transfers(self._channel, self._interrupts, self._receive)
+        self._variables = variables.Variables(self._channel, self._interrupts, self._receive, shell)
 
     def serve(self, start: dict[str, Any]) -> None:
         """Run cells until the host closes the stream; never returns to the caller's code in a forked child."""
@@ -103,6 +104,8 @@ class Kernel:
             self._answer(frame, self._run_cell)
         elif kind in REQUESTS:
             self._answer(frame, self._transfer)
+        elif kind in variables.REQUESTS:
+            self._answer(frame, self._exchange)
         elif kind in folders.REQUESTS:
             self._answer(frame, self._change_folder)
         elif kind == "fork":
@@ -179,6 +182,16 @@ class Kernel:
     def _leave_kin(self) -> None:
         """A child that user code forks has nothing to do with the watcher."""
         self._kin.close()
+
+    def _exchange(self, frame: frames.Frame, _reply: dict[str, Any]) -> BaseException | None:
+        try:
+            self._variables.serve(frame.header)
+        except Refused as exc:
+            shells.send_error(_refusal(exc), exc.reason, "")
+            return exc
+        except Exception as exc:  # noqa: BLE001 - what a library says of a value, or user code that it has called
+            return exc
+        return None
 
     def _answer(
         self, request: frames.Frame, work: Callable[[frames.Frame, dict[str, Any]], BaseException | None]
@@ -260,6 +273,13 @@ class Kernel:
             traceback.print_exc()
         finally:
             loop.remove_reader(self._stream)
+
+
+def _refusal(exc: Refused) -> str:
+    """What the host calls it."""
+    if isinstance(exc, variables.Missing):
+        return "VariableMissing"
+    return "VariableUnsupported" if isinstance(exc, values.Unsupported) else "VariableRefused"
 
 
 def _left_over_loop() -> asyncio.AbstractEventLoop | None:

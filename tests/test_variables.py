@@ -1,0 +1,525 @@
+# pandas and pyarrow come without types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false, reportUnknownLambdaType=false
+"""A session's variables: what is told of them, which move, and what a lying kernel gets for it."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from actbox import (
+    CodeExecutionContainer,
+    CodeExecutor,
+    ExecutionInterrupted,
+    ExecutionTimeout,
+    InvalidArgument,
+    ProtocolError,
+    StateError,
+    Variable,
+    VariableMissing,
+    VariableRefused,
+    VariableUnsupported,
+    values,
+)
+from actbox.guest import values as guest_values
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+pytestmark = pytest.mark.anyio
+
+SECONDS = 10.0
+GRACE = 0.3
+# Another spelling of 127.0.0.1: a client that uses it does not find the container's door in this process.
+BY_THE_PORT = "127.1"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "variables.py"
+
+# A class all of whose own code would run for ever.
+ENDLESS = """
+def endless(*_):
+    while True: pass
+class Endless:
+    __repr__ = __str__ = __len__ = __sizeof__ = __iter__ = __hash__ = __eq__ = __getattribute__ = endless
+    shape = dtype = nbytes = columns = __class__ = property(endless)
+class Kind(type):
+    __name__ = __module__ = property(endless)
+    __repr__ = __subclasscheck__ = __instancecheck__ = endless
+class Odd(metaclass=Kind): pass
+"""
+
+# What a hostile kernel does: `send` puts a piece on the wire, `r` is the request that is being served.
+LIE = """
+import json, struct
+from actbox_guest.guest import shell, variables
+
+def serve(self, r):
+    def send(data, type="archive"):
+        shell.outputs.send({{"type": type, "id": r["id"]}}, data)
+    def value(header, data=b""):
+        head = json.dumps(header).encode()
+        send(struct.pack("!I", len(head)) + head)
+        if data: send(data)
+{}
+variables.Variables.serve = serve
+"""
+
+
+def lie(body: str) -> str:
+    return LIE.format("\n".join(f"    {line}" for line in body.splitlines()))
+
+
+@pytest.fixture(params=["here", "by the port"])
+async def client(
+    request: pytest.FixtureRequest, container: CodeExecutionContainer, key: str
+) -> AsyncIterator[CodeExecutor]:
+    """An executor that kills soon what does not heed an interrupt; by its own socket, and through the gateway."""
+    by_the_port = request.param == "by the port"
+    options: dict[str, Any] = {"token": container.token} if by_the_port else {}
+    host = BY_THE_PORT if by_the_port else "localhost"
+    async with CodeExecutor(key, container.workspace, container.port, host, interrupt_grace=GRACE, **options) as made:
+        yield made
+
+
+async def has(executor: CodeExecutor, module: str) -> bool:
+    """Whether a library is installed inside."""
+    found = await executor.execute(f"import importlib.util; print(importlib.util.find_spec({module!r}) is not None)")
+    return found.text == "True"
+
+
+async def by_name(executor: CodeExecutor, **options: Any) -> dict[str, Variable]:
+    return {variable.name: variable for variable in await executor.variables(SECONDS, **options)}
+
+
+# -- what is told ----------------------------------------------------------------------------------------------------
+
+
+async def test_the_variables_are_told_in_their_order_with_what_they_hold(client: CodeExecutor) -> None:
+    await client.execute(
+        "import math\nx = 3\ntext = 'é' * 500\n_hidden = 1\ndef f(a, b): pass\nrow = [1, (2, {'k': b'v'})]"
+    )
+    found = await client.variables()
+    assert [variable.name for variable in found] == ["math", "x", "text", "f", "row"]
+    told = {variable.name: variable for variable in found}
+    assert told["x"] == Variable("x", "int", bytes=28, preview="3")
+    assert told["text"].length == 500
+    assert len(str(told["text"].preview)) == 200
+    assert (told["f"].type, told["f"].preview) == ("function", "f(a, b)")
+    assert (told["math"].type, told["math"].preview) == ("module", "<module math>")
+    assert (told["row"].length, told["row"].preview) == (2, "[1, (2, {'k': b'v'})]")
+
+
+async def test_arrays_and_tables_tell_their_shape_and_type(executor: CodeExecutor) -> None:
+    await executor.execute(
+        "import numpy as np, pandas as pd\n"
+        "a = np.arange(6.0).reshape(2, 3); o = np.array([object()]); d = np.array(['2020-02-29'], 'M8[D]')\n"
+        "s = np.float64(2.5); t = pd.DataFrame({'n': [1, 2], 'f': [0.5, 1.5]}); column = t.n"
+    )
+    told = await by_name(executor)
+    assert told["a"] == Variable("a", "numpy.ndarray", 48, (2, 3), None, "<f8", "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]")
+    assert (told["o"].dtype, told["o"].preview) == ("|O", None)
+    assert told["d"].preview == "['2020-02-29']"
+    assert (told["s"].type, told["s"].shape, told["s"].preview) == ("numpy.float64", (), "2.5")
+    assert (told["t"].shape, told["t"].preview) == ((2, 2), "'n': <i8, 'f': <f8")
+    assert (told["column"].shape, told["column"].dtype) == ((2,), "<i8")
+
+
+async def test_no_code_of_the_values_own_is_run(executor: CodeExecutor) -> None:
+    await executor.execute(
+        f"{ENDLESS}\nimport numpy as np, pandas as pd\ne = Endless(); odd = Odd(); l = [e, odd]; d = {{1: e}}\n"
+        "class Shy:\n    __repr__ = __str__ = endless\n"
+        "a = np.array([Shy()]); t = pd.DataFrame({'x': a}, dtype=object)\n"
+        "t2 = pd.DataFrame([[1]], columns=pd.Index(a, dtype=object)); s = t.x\n"
+        "class Text(str):\n    __repr__ = __len__ = __getitem__ = endless\n"
+        "class Array(np.ndarray):\n    shape = nbytes = dtype = property(endless)\n"
+        "text = Text('x'); sub = np.zeros(3).view(Array); huge = 10 ** 10000; r = range(10 ** 1000)\n"
+        "deep = []\nfor _ in range(10000): deep = [deep]\nloop = []; loop.append(loop)",
+        SECONDS,
+    )
+    told = await by_name(executor)
+    assert told["e"].type == "Endless"
+    assert told["e"].preview is None
+    assert told["odd"].type == "Odd"
+    assert told["l"].preview == "[<Endless>, <Odd>]"
+    assert told["d"].preview == "{1: <Endless>}"
+    assert (told["text"].type, told["text"].preview) == ("Text", None)
+    assert told["sub"].preview is None
+    assert told["huge"].preview == "<int of 33220 bits>"
+    assert told["r"].preview == "range(...)"
+    assert told["deep"].preview == told["loop"].preview == "[[[[...]]]]"
+
+
+async def test_a_listing_is_bounded(executor: CodeExecutor) -> None:
+    await executor.execute("for i in range(3000): globals()[f'v{i:04}'] = 'x' * 10000")
+    assert len(await executor.variables()) == 1000
+    found = await executor.variables(limit=5, preview=3)
+    assert [(one.name, one.preview) for one in found[:2]] == [("i", "299"), ("v0000", "'xx")]
+    assert len(found) == 5
+
+
+async def test_a_request_waits_its_turn_and_is_interrupted_like_a_cell(client: CodeExecutor) -> None:
+    cell = await client.submit("import time\ntime.sleep(0.2)\nlate = 1")
+    assert "late" in await by_name(client)
+    assert cell.outcome is not None
+    blocked = await client.submit("time.sleep(60)")
+    with pytest.raises(ExecutionTimeout, match="had not begun"):
+        await client.variables(0.1)
+    await blocked.interrupt()
+    # As if a library called the user's own code.
+    await client.execute(
+        f"{ENDLESS}\nfrom actbox_guest.guest import values\nencode, values.encode = values.encode, endless"
+    )
+    with pytest.raises(ExecutionTimeout) as caught:
+        await client.get("late", 0.3)
+    assert caught.value.state_kept
+    getting = asyncio.create_task(client.get("late"))
+    await asyncio.sleep(0)
+    getting.cancel()
+    with pytest.raises((asyncio.CancelledError, ExecutionInterrupted)):
+        await getting
+    await client.execute("values.encode = encode")
+    assert await client.get("late") == 1
+
+
+# -- what moves ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, -1, 10**100, 2.5, "é😀\0", [], {}, b"", b"\0\xff", [1, [b"a", {"b": b"b"}]], {"": {"x": None}}],
+    ids=repr,
+)
+async def test_json_and_bytes_move_as_they_are(executor: CodeExecutor, value: Any) -> None:
+    await executor.set("v", value)
+    assert (await executor.execute(f"print(v == {value!r}, type(v).__name__)")).text == f"True {type(value).__name__}"
+    assert await executor.get("v") == value
+
+
+ARRAYS: list[Any] = [
+    np.arange(12).reshape(3, 4),
+    np.asfortranarray(np.arange(12.0).reshape(3, 4)),
+    np.arange(12).reshape(3, 4)[::2, ::-1],
+    np.array(7.5),
+    np.empty((0, 3), np.float32),
+    np.array([1 + 2j]),
+    np.array([True, False]),
+    np.array(["é", "long text"]),
+    np.array([b"a", b"bc"]),
+    np.array(["2020-02-29", "NaT"], "M8[us]"),
+    np.array([1, 2], ">i4"),
+    np.zeros((1,) * 12),
+]
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: f"{array.dtype.str} {array.shape}")
+async def test_arrays_move_with_their_shape_and_type(executor: CodeExecutor, array: Any) -> None:
+    await executor.set("v", array)
+    got = await executor.get("v")
+    assert got.shape == array.shape
+    assert got.dtype == array.dtype.newbyteorder("<")
+    assert np.array_equal(got, array, equal_nan=array.dtype.kind in "fcM")
+    got[...] = got  # both are the receiver's own, and can be written
+    await executor.execute("v[...] = v")
+
+
+async def test_a_large_array_moves_both_ways(client: CodeExecutor) -> None:
+    array = np.random.default_rng(1).random((1500, 1000))
+    await client.set("v", array)
+    assert (await client.execute("print(v.shape, v.flags.writeable)")).text == "(1500, 1000) True"
+    assert np.array_equal(await client.get("v"), array)
+
+
+FRAME = pd.DataFrame(
+    {
+        "n": [1, 2],
+        "text": ["a", None],
+        "when": pd.to_datetime(["2020-02-29", "2021-01-01"]),
+        "kind": pd.Categorical(["x", "y"]),
+    },
+    index=pd.Index(["p", "q"], name="row"),
+)
+TABLE = pa.table({"lists": [[1, 2], None], "structs": [{"a": 1.5}, {"a": None}], "nothing": pa.nulls(2)})
+
+
+@pytest.mark.parametrize("value", [FRAME, FRAME.reset_index(drop=True), TABLE], ids=["indexed", "plain", "table"])
+async def test_tables_move_by_arrow_or_say_what_they_lack(executor: CodeExecutor, value: Any) -> None:
+    if not await has(executor, "pyarrow"):
+        with pytest.raises(VariableRefused, match="pyarrow is not installed inside: actbox build"):
+            await executor.set("v", value)
+        await executor.execute("import pandas; v = pandas.DataFrame({'x': [1]})")
+        with pytest.raises(VariableRefused, match="pyarrow is not installed inside"):
+            await executor.get("v")
+        return
+    await executor.set("v", value)
+    assert (await executor.execute("print(type(v).__name__)")).text == type(value).__name__
+    got: Any = await executor.get("v")
+    if isinstance(value, pd.DataFrame):
+        pd.testing.assert_frame_equal(got, value)
+    else:
+        assert got.equals(value)
+
+
+async def test_what_does_not_move_says_its_type_and_what_does(executor: CodeExecutor) -> None:
+    await executor.execute(
+        "import numpy as np, pandas as pd, datetime\n"
+        "class Mine: pass\nmine = Mine(); nested = {'a': [mine]}; keys = {1: 2}; nan = [float('nan')]\n"
+        "objects = np.array([mine]); fields = np.zeros(1, 'i4,f8'); "
+        "column = pd.Series([1]); day = datetime.date.today()"
+    )
+    for name, kind, remedy in [
+        ("mine", "Mine", "make one of these of it"),
+        ("nested", "Mine", "make one"),
+        ("keys", "dict with keys of type int", "keys of text"),
+        ("nan", "float", "NumPy array"),
+        ("objects", "numpy.ndarray of dtype |O", "tolist"),
+        ("fields", "numpy.ndarray of dtype |V12", "astype"),
+        ("column", "pandas.Series", "to_frame"),
+        ("day", "datetime.date", "make one"),
+    ]:
+        with pytest.raises(VariableUnsupported, match=remedy) as caught:
+            await executor.get(name)
+        assert (caught.value.name, caught.value.type) == (name, kind)
+    with pytest.raises(VariableMissing) as missing:
+        await executor.get("nowhere")
+    assert isinstance(missing.value, LookupError)
+    for value in (object(), {1: 2}, float("inf"), np.array([None]), dt.date(2020, 2, 29)):
+        with pytest.raises(VariableUnsupported):
+            await executor.set("v", value)
+    deep: list[Any] = []
+    for _ in range(200):
+        deep = [deep]
+    with pytest.raises(VariableUnsupported, match="nested"):
+        await executor.set("v", deep)
+    with pytest.raises(VariableMissing):
+        await executor.get("v")
+
+
+async def test_sizes_are_bounded_by_an_argument(client: CodeExecutor) -> None:
+    await client.execute("v = bytes(1000); old = 1")
+    assert await client.get("v", max_bytes=1100) == bytes(1000)
+    with pytest.raises(VariableRefused, match="more than the 999 allowed; pass a larger max_bytes"):
+        await client.get("v", max_bytes=999)
+    with pytest.raises(VariableRefused, match="allowed"):
+        await client.set("old", bytes(1000), max_bytes=999)
+    assert await client.get("old") == 1
+
+
+async def test_what_cannot_be_asked_is_said_before_anything_is_done(executor: CodeExecutor) -> None:
+    for call in (
+        executor.get("a b"),
+        executor.get(cast("Any", 1)),
+        executor.set("x" * 300, 1),
+        executor.get("a", max_bytes=-1),
+        executor.variables(limit=-1),
+        executor.variables(preview=cast("Any", 1.5)),
+        executor.variables(0),
+    ):
+        with pytest.raises(InvalidArgument):
+            await call
+    await executor.disconnect()
+    with pytest.raises(StateError):
+        await executor.variables()
+
+
+# -- a kernel that lies ----------------------------------------------------------------------------------------------
+
+LYING_VALUES: list[tuple[dict[str, Any], bytes]] = [
+    ({"form": "pickle"}, b"cos\nsystem\n(S'true'\ntR."),
+    ({"form": "json", "size": 5, "blobs": []}, b"NaN"),
+    ({"form": "json", "size": 3, "blobs": []}, b"NaN"),
+    ({"form": "json", "size": 14, "blobs": []}, b'{"a":1,"a":2} '),
+    ({"form": "json", "size": 8, "blobs": []}, b'"\\ud800"'),
+    ({"form": "json", "size": 5, "blobs": []}, b"1e999"),
+    ({"form": "json", "size": 200_000, "blobs": []}, b"[" * 200_000),
+    ({"form": "json", "size": 20_000, "blobs": []}, b"1" * 20_000),
+    ({"form": "json", "size": 4, "blobs": [[[], 5]]}, b"nullabc"),
+    ({"form": "json", "size": 4, "blobs": [[["x"], 3]]}, b"nullabc"),
+    ({"form": "json", "size": 4, "blobs": [[[-1], 3]]}, b"nullabc"),
+    ({"form": "json", "size": 4, "blobs": [1]}, b"null"),
+    ({"form": "json", "size": 4, "blobs": [[[], 0]] * 1001}, b"null"),
+    ({"form": "json", "size": -1, "blobs": []}, b"null"),
+    ({"form": "array", "dtype": "|O", "shape": [1], "order": "C"}, bytes(8)),
+    ({"form": "array", "dtype": "O", "shape": [1], "order": "C"}, bytes(8)),
+    ({"form": "array", "dtype": "i4,O", "shape": [1], "order": "C"}, bytes(12)),
+    ({"form": "array", "dtype": "<V8", "shape": [1], "order": "C"}, bytes(8)),
+    ({"form": "array", "dtype": "<i8", "shape": [2], "order": "C"}, bytes(8)),
+    ({"form": "array", "dtype": "<i8", "shape": [-1], "order": "C"}, bytes(8)),
+    ({"form": "array", "dtype": "<i8", "shape": [True], "order": "C"}, bytes(8)),
+    ({"form": "array", "dtype": "<i8", "shape": [0, 1 << 52, 1 << 52], "order": "C"}, b""),
+    ({"form": "array", "dtype": "<i8", "shape": [1] * 70, "order": "C"}, bytes(8)),
+    ({"form": "array", "dtype": "<i8", "shape": 1, "order": "C"}, bytes(8)),
+    ({"form": "array", "dtype": "<i8", "shape": [1], "order": "K"}, bytes(8)),
+    ({"form": "array", "dtype": "|b1", "shape": [1], "order": "C"}, b"\x02"),
+    ({"form": "array", "dtype": "<U1", "shape": [1], "order": "C"}, b"\xff\xff\xff\x7f"),
+    ({"form": "array", "dtype": "<M8[9999999999D]", "shape": [1], "order": "C"}, bytes(8)),
+    ({"form": "table"}, b""),
+    ({"form": "table"}, b"\xff" * 64),
+    ({"form": "table"}, bytes(64)),
+    ({"form": "frame", "index": [None]}, b""),
+    ({"form": "frame"}, b""),
+]
+
+
+@pytest.mark.parametrize(
+    ("header", "data"), LYING_VALUES, ids=[f"{head} {data[:9]!r}"[:70] for head, data in LYING_VALUES]
+)
+def test_what_is_no_value_is_refused(header: dict[str, Any], data: bytes) -> None:
+    """G6: a value is data of a known kind, or nothing."""
+    with pytest.raises(values.Malformed):
+        values.decode(json.dumps(header).encode(), bytearray(data))
+
+
+def stream(table: pa.Table, **options: Any) -> bytearray:
+    sink: Any = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write(table)
+    return bytearray(sink.getvalue())
+
+
+def taken(data: bytearray, **header: Any) -> Any:
+    return values.decode(json.dumps({"form": "table", **header}).encode(), data)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pa.table({"x": pa.Array.from_buffers(pa.null(), (1 << 31) - 1, [None])}),
+        pa.table({"x": pa.array([[]], pa.list_(pa.null(), 0))}),
+        pa.table({"x": pa.array([{}], pa.struct([]))}),
+        pa.table({"x": pa.array(["a"], pa.string_view())}),
+        pa.table({"x": pa.array([[1]], pa.list_view(pa.int8()))}),
+        pa.table({"x": pa.array([[None]], pa.list_(pa.null()))}),
+        pa.table({"x": pa.array(["2020-01"], pa.string())})
+        .cast(pa.schema([pa.field("x", pa.dictionary(pa.int8(), pa.string()))]))
+        .append_column("y", pa.RunEndEncodedArray.from_arrays([1], [1])),
+    ],
+    ids=lambda table: str(table.schema.types)[:60],
+)
+def test_a_table_of_more_than_its_bytes_is_refused(table: pa.Table) -> None:
+    with pytest.raises(values.Malformed):
+        taken(stream(table))
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_a_compressed_table_is_refused(compression: str) -> None:
+    table = pa.table({"x": np.zeros(1 << 20), "y": pa.array(["a"] * (1 << 20)).dictionary_encode()})
+    with pytest.raises(values.Malformed, match="compressed"):
+        taken(stream(table, compression=compression))
+    assert taken(stream(table)).equals(table)
+
+
+def test_a_table_whose_offsets_lie_is_refused() -> None:
+    data = stream(pa.table({"x": ["abc", "def"]}))
+    place = data.index(np.array([0, 3, 6], np.int32).tobytes())
+    data[place : place + 12] = np.array([0, 1 << 30, 6], np.int32).tobytes()
+    with pytest.raises(values.Malformed):
+        taken(data)
+
+
+def test_a_table_that_is_torn_anywhere_is_refused_or_read() -> None:
+    data = stream(pa.table({"x": ["abc", "def"], "y": [[1], [2, 3]], "z": pa.array(["a", "b"]).dictionary_encode()}))
+    random = np.random.default_rng(1)
+    for _ in range(500):
+        torn = bytearray(data)
+        for place in random.integers(0, len(torn), 4):
+            torn[place] = int(random.integers(0, 256))
+        try:
+            taken(torn)
+        except values.Malformed:
+            continue
+
+
+def test_a_table_brings_no_types_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a schema says of extension types and of pandas is not followed."""
+    field = pa.field("x", pa.int8(), metadata={"ARROW:extension:name": "arrow.py_extension_type"})
+    plain = taken(stream(pa.table([pa.array([1], pa.int8())], schema=pa.schema([field], {"pandas": "{}"}))))
+    assert plain.schema.metadata is None
+    registered = pa.table({"x": pd.period_range("2020-01", periods=2, freq="M")})
+    with pytest.raises(values.Malformed, match="not taken"):
+        taken(stream(registered))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(values.Malformed, match=r"pip install 'actbox\[arrow\]'"):
+        taken(bytearray())
+
+
+def test_json_that_is_cut_apart_is_put_together_again() -> None:
+    encoded = guest_values.to_json({"a": (b"1", {"b": [b"", bytearray(b"22")]}), "c": b"3"})
+    back = guest_values.from_json(encoded.header, bytes(encoded.data))
+    assert back == {"a": [b"1", {"b": [b"", b"22"]}], "c": b"3"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "send(bytes(4 << 20))" if False else 'for _ in range(100): send(b\'{"name": "x", "type": "y"}\\n\' * 200)',
+        'send(b\'{"name": 1, "type": "y"}\\n\')',
+        "send(b'no json\\n')",
+        'send(b\'{"name": "x", "type": "y", "bytes": -1}\\n\')',
+        'send(b\'{"name": "x", "type": "y", "shape": [1.5]}\\n\')',
+        'send(b\'{"name": "x", "type": "y", "preview": "\' + b\'p\' * 201 + b\'"}\\n\')',
+    ],
+    ids=["too many", "a name of number", "no JSON", "a size below zero", "half a side", "a long preview"],
+)
+async def test_a_listing_that_lies_ends_the_session(client: CodeExecutor, body: str) -> None:
+    await client.execute(lie(body))
+    with pytest.raises(ProtocolError):
+        await client.variables(SECONDS)
+    assert (await client.execute("print(1)")).restarted
+
+
+async def test_more_than_was_asked_for_ends_the_session(client: CodeExecutor) -> None:
+    for body in (
+        "while True: value({'form': 'json', 'size': 0, 'blobs': []}, bytes(200000))",
+        "send(b'\\xff\\xff\\xff\\xff')\nsend(bytes(99))",
+        "send(b'x', type='table')",
+    ):
+        await client.execute(lie(body))
+        with pytest.raises(ProtocolError):
+            await client.get("v", SECONDS, max_bytes=1 << 20)
+
+
+async def test_a_value_that_lies_is_refused_and_the_session_goes_on(client: CodeExecutor) -> None:
+    await client.execute(lie("value({'form': 'array', 'dtype': '|O', 'shape': [1], 'order': 'C'}, bytes(8))"))
+    with pytest.raises(VariableRefused, match="no value"):
+        await client.get("v")
+    await client.execute(lie("raise ValueError('\\x1b[2Jof its own')"))
+    with pytest.raises(VariableRefused, match=r"ValueError: \\x1b\[2Jof its own"):
+        await client.get("v")
+    await client.execute(lie("pass"))
+    with pytest.raises(ProtocolError, match="less than"):
+        await client.get("v")
+    assert (await client.execute("print(1)")).text == "1"
+
+
+async def test_a_kernel_in_no_hurry_is_not_waited_for(executor: CodeExecutor) -> None:
+    await executor.execute(lie("while True: pass"))
+    for request in (executor.get("v", 0.2), executor.set("v", bytes(8 << 20), 0.2), executor.variables(0.2)):
+        with pytest.raises(ExecutionTimeout):
+            await request
+
+
+@pytest.mark.usefixtures("default_engine")
+@pytest.mark.timeout(60)
+def test_the_example_runs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLE], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=55
+    )
+    assert done.returncode == 0, done.stderr
+    assert "readings: numpy.ndarray (1000,)" in done.stdout
+    assert "the mean is 3.0" in done.stdout
+    assert "lock: _thread.lock" in done.stdout
+
+
+def test_what_the_tests_need_is_here() -> None:
+    assert importlib.util.find_spec("pyarrow")
