@@ -40,6 +40,7 @@ from actbox.errors import (
     SandboxUnavailable,
     SessionBroken,
     StateError,
+    StateRefused,
     TransferRefused,
     VariableMissing,
     VariableRefused,
@@ -57,7 +58,8 @@ from actbox.forks import Checkpoint
 from actbox.logger import Logger
 from actbox.network import Network
 from actbox.outputs import Image, Output
-from actbox.result import ExecutionResult
+from actbox.result import ExecutionResult, Image, Output
+from actbox.saving import SessionState
 from actbox.spec import Limits
 from actbox.variables import Variable
 from actbox.workspace import Workspace
@@ -105,7 +107,9 @@ __all__ = [
     "ProtocolError",
     "SandboxUnavailable",
     "SessionBroken",
+    "SessionState",
     "StateError",
+    "StateRefused",
     "TextBlock",
     "TransferRefused",
     "Variable",

@@ -40,6 +40,7 @@ from actbox.events import (
 from actbox.execution import Execution, check_timeout
 from actbox.forks import Checkpoint, Checkpoints, Copy, Files, Step, ask, copy_of
 from actbox.protocol import frames, messages
+from actbox.saving import Saving
 from actbox.sessions import read_overrun
 from actbox.shielded import finish
 from actbox.transfer import FileTransfers
@@ -78,7 +79,7 @@ class _Stop:
     timer: asyncio.TimerHandle | None = None
 
 
-class ExecutionClient(FileTransfers, Variables):
+class ExecutionClient(FileTransfers, Variables, Saving):
     """A stateful IPython session in a running container: made on entering the context, destroyed on leaving it.
 
     Cells and transfers of files run in the order in which they were submitted. One client belongs to one event loop;

@@ -22,6 +22,7 @@
     ├── VariableRefused                       a variable that cannot be moved: says why, and what can be
     │   ├── VariableMissing (LookupError)     there is none of this name
     │   └── VariableUnsupported (TypeError)   a type that does not travel
+    ├── StateRefused                          a session's state that cannot be saved or restored: says why
     ├── ExecutionTimeout (TimeoutError)       a cell outlived its time; says whether the state was kept
     └── ExecutionError                        the cell ended badly
         ├── LimitExceeded                     the session went over one of its limits: which, and by how much
@@ -31,7 +32,7 @@
 Whose fault it is can be read from the branch: the caller's (`InvalidArgument`, `StateError`, `WorkspaceError`,
 `LocalPathError`, `EnvironmentNotFound`, `EnvironmentUnusable`, `PortInUse`), the machine's (`SandboxUnavailable`,
 `EnvironmentBuildError`, `ConnectionError`), the guest's (`ProtocolError`, `TransferRefused`, `VariableRefused`,
-`ExecutionTimeout`, `ExecutionError`). Facts are fields, prose is `str()`.
+`StateRefused`, `ExecutionTimeout`, `ExecutionError`). Facts are fields, prose is `str()`.
 
 This module imports nothing of actbox.
 """
@@ -66,6 +67,7 @@ __all__ = [
     "ProtocolError",
     "SandboxUnavailable",
     "StateError",
+    "StateRefused",
     "TransferRefused",
     "VariableMissing",
     "VariableRefused",
@@ -287,6 +289,19 @@ class VariableUnsupported(VariableRefused, TypeError):
         self.type = type
         self.remedy = remedy
         super().__init__(name, f"{type}: {remedy}")
+
+
+class StateRefused(ActboxError):
+    """A session's state was not saved, or a file not restored; the session and the file are as they were.
+
+    `path` is the file of the host, `reason` why: the state is larger than allowed; the file is corrupt, was not written
+    by `save`, or by another Python; the session lacks a module that it needs. The reason may quote the guest.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"{shown(str(path))}: {reason}")
 
 
 class ExecutionTimeout(ActboxError, builtins.TimeoutError):

@@ -40,7 +40,7 @@ _TICKET_SECONDS = 30.0
 _REQUESTS = frozenset(
     {
         *("execute", "download", "upload", "delete", "archive", "archive_end"),
-        *("variables", "get", "set"),
+        *("variables", "get", "set", "save", "restore"),
         *("fork", "settle", "clear"),
     }
 )

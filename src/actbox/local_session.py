@@ -38,7 +38,7 @@ _SCM_CREDENTIALS = 2
 # Between the deaths of a kernel and of its container, when both are killed at once.
 _SUDDEN_SECONDS = 0.05
 # Requests that may take the processor's time, each as much as a cell.
-_COUNTED = frozenset({"execute", "variables", "get", "set"})
+_COUNTED = frozenset({"execute", "variables", "get", "set", "save", "restore"})
 
 
 class LocalSession:

@@ -84,7 +84,7 @@ class FileTransfers(ABC):
         Raises:
             LocalPathMissing: (a `FileNotFoundError`) there is no such file.
         """
-        await self._carry(_Upload(_inside(relpath), _local(local_path), "file"), timeout)
+        await self._carry(_Upload(_inside(relpath), on_host(local_path), "file"), timeout)
 
     async def upload_directory(self, relpath: str, local_path: str | Path, timeout: float = 120) -> list[str]:
         """Copy what is in a folder of the host into the folder `relpath`, which is made when missing.
@@ -97,7 +97,7 @@ class FileTransfers(ABC):
         Raises:
             LocalPathMissing: (a `FileNotFoundError`) there is no such folder.
         """
-        return await self._carry(_Upload(_inside(relpath), _local(local_path), "directory"), timeout)
+        return await self._carry(_Upload(_inside(relpath), on_host(local_path), "directory"), timeout)
 
     async def download_file(
         self, relpath: str, local_path: str | Path, timeout: float = 120, *, max_bytes: int = MAX_BYTES
@@ -109,7 +109,7 @@ class FileTransfers(ABC):
 
         A file of more than `max_bytes`, 1 GiB by default, is refused.
         """
-        await self._carry(_Download(_inside(relpath), _local(local_path), "file", max_bytes), timeout)
+        await self._carry(_Download(_inside(relpath), on_host(local_path), "file", max_bytes), timeout)
 
     async def download_directory(
         self,
@@ -131,7 +131,7 @@ class FileTransfers(ABC):
             What was left out, being neither a regular file nor a folder: paths below `relpath`, made printable. Of what
             is there this is, as the contents are, the session's own word.
         """
-        transfer = _Download(_inside(relpath), _local(local_path), "directory", max_bytes)
+        transfer = _Download(_inside(relpath), on_host(local_path), "directory", max_bytes)
         transfer.request["without"] = [str(name) for name in without]
         return await self._carry(transfer, timeout)
 
@@ -294,7 +294,7 @@ class _Download(_Transfer):
     def _prepare(self) -> None:
         folder, name = self._local, None
         if self._as_file:
-            _check_target(self._local)
+            check_target(self._local)
             # The folder above a file may be reached through links, as any path of the caller's.
             folder, name = self._local.parent.resolve(), os.fsencode(self._local.name)
         self._held.callback(self._unmake)
@@ -342,7 +342,7 @@ class _Download(_Transfer):
         return super()._explained(exc)
 
 
-def _check_target(path: Path) -> None:
+def check_target(path: Path) -> None:
     """Raises LocalPathError if a file may not be written to `path`."""
     if path.name in ("", ".."):
         raise LocalPathError(path, "it is a folder; pass the path that the file is to have")
@@ -371,7 +371,7 @@ def _inside(relpath: object) -> str:
     return relpath
 
 
-def _local(local_path: object) -> Path:
+def on_host(local_path: object) -> Path:
     """A path on the host that the system can be asked for."""
     if not isinstance(local_path, str | os.PathLike) or not str(cast("object", local_path)):
         raise InvalidArgument("local_path", cast("object", local_path), "pass a path as a string or Path")

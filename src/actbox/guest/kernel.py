@@ -22,7 +22,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..protocol import frames
-from . import branching, folders, interrupts, values, variables
+from . import branching, folders, interrupts, saving, values, variables
 from . import shell as shells
 from .interrupts import Interrupts
 from .output import THREAD, Channel
@@ -76,6 +76,7 @@ class Kernel:
         os.register_at_fork(after_in_child=self._leave_kin)
         self._transfers = Transfers(self._channel, self._interrupts, self._receive)
         self._variables = variables.Variables(self._channel, self._interrupts, self._receive, shell)
+        self._saving = saving.Saving(self._channel, self._interrupts, self._receive, shell)
 
     def serve(self, start: dict[str, Any]) -> None:
         """Run cells until the host closes the stream; never returns to the caller's code in a forked child."""
@@ -104,7 +105,7 @@ class Kernel:
             self._answer(frame, self._run_cell)
         elif kind in REQUESTS:
             self._answer(frame, self._transfer)
-        elif kind in variables.REQUESTS:
+        elif kind in variables.REQUESTS or kind in saving.REQUESTS:
             self._answer(frame, self._exchange)
         elif kind in folders.REQUESTS:
             self._answer(frame, self._change_folder)
@@ -184,8 +185,9 @@ class Kernel:
         self._kin.close()
 
     def _exchange(self, frame: frames.Frame, _reply: dict[str, Any]) -> BaseException | None:
+        server = self._saving if frame.header["type"] in saving.REQUESTS else self._variables
         try:
-            self._variables.serve(frame.header)
+            server.serve(frame.header)
         except Refused as exc:
             shells.send_error(_refusal(exc), exc.reason, "")
             return exc
@@ -277,6 +279,8 @@ class Kernel:
 
 def _refusal(exc: Refused) -> str:
     """What the host calls it."""
+    if isinstance(exc, saving.StateRefused):
+        return "StateRefused"
     if isinstance(exc, variables.Missing):
         return "VariableMissing"
     return "VariableUnsupported" if isinstance(exc, values.Unsupported) else "VariableRefused"

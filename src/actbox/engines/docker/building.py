@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from actbox.engines.docker.daemon import Daemon
 
-DEFAULT_PACKAGES = ("numpy", "pandas", "matplotlib")
+DEFAULT_PACKAGES = ("cloudpickle", "numpy", "pandas", "matplotlib")
 _QUERY_SECONDS = 60.0
 _TAIL = 20
 # The steps of glibc for which uv has names; wheels for an older one run on a newer.
@@ -91,7 +91,7 @@ async def build_image(
 
 
 async def build_default(found: Daemon, progress: Callable[[str], None]) -> None:
-    """The image of the tag "default": IPython, numpy, pandas and matplotlib on `default_base`."""
+    """The image of the tag "default": IPython, cloudpickle, numpy, pandas and matplotlib on `default_base`."""
     progress(f"building the image {images.DEFAULT_IMAGE} (once)")
     await _build(found, DEFAULT_TAG, DEFAULT_PACKAGES, None, default_base(), progress)
 
