@@ -58,7 +58,7 @@ from actbox.forks import Checkpoint
 from actbox.logger import Logger
 from actbox.network import Network
 from actbox.outputs import Image, Output
-from actbox.result import ExecutionResult, Image, Output
+from actbox.result import ExecutionResult
 from actbox.saving import SessionState
 from actbox.spec import Limits
 from actbox.variables import Variable

@@ -285,9 +285,9 @@ class ExecutionClient(FileTransfers, Variables, Saving):
             StateError: there are `max_checkpoints` already.
         """
         self._checkpoints.check_name(name)
-        return await self._do(timeout, lambda: self._keep(name, force=force))
+        return await self._do(timeout, lambda: self._park(name, force=force))
 
-    async def _keep(
+    async def _park(
         self, name: str, *, force: bool, save: Callable[[Copy], Awaitable[Files]] | None = None
     ) -> Checkpoint:
         self._checkpoints.check_name(name)

@@ -251,7 +251,7 @@ class CodeExecutor(ExecutionClient):
         """
         self._checkpoints.check_name(name)
         save = self._save_files if files else None
-        return await self._do(timeout, lambda: self._keep(name, force=force, save=save))
+        return await self._do(timeout, lambda: self._park(name, force=force, save=save))
 
     async def _save_files(self, made: Copy) -> Files:
         place = Path(await in_thread(tempfile.mkdtemp, prefix="actbox-checkpoint-"))
