@@ -538,6 +538,18 @@ async def test_a_death_says_to_which_cell_the_session_went_back(container: CodeE
         assert await value(client, "x") == "2"
 
 
+async def test_after_a_rollback_the_good_state_is_the_one_gone_back_to(container: CodeExecutionContainer) -> None:
+    async with ExecutionClient(container.port, recover=True) as client:
+        await client.execute("x = 1")
+        kept = await client.checkpoint("one")
+        await client.execute("x = 2")
+        await client.rollback("one")
+        with pytest.raises(KernelDied) as died:
+            await client.execute("import os; os._exit(3)")
+        assert died.value.rolled_back_to == kept.cell
+        assert await value(client, "x") == "1"
+
+
 async def test_a_cell_that_fails_is_kept_as_it_left_things(container: CodeExecutionContainer) -> None:
     async with ExecutionClient(container.port, recover=True) as client:
         await client.execute("x = 1")

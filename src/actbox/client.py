@@ -323,6 +323,9 @@ class ExecutionClient(FileTransfers, Variables, Saving):
                 await finish(made.session.close())
                 raise
         await self._replace_session(made)
+        if self._recovers:
+            # What was kept since is what nobody wants any more.
+            await self._keep_good()
         return parked.checkpoint
 
     def checkpoints(self) -> list[Checkpoint]:
