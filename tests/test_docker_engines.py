@@ -124,6 +124,19 @@ async def test_cells_are_interrupted_and_killed_over_tcp(container: ExecutionCon
         assert (await client.execute("print('x' in globals())")).text == "False"
 
 
+async def test_a_session_is_forked_over_tcp(container: ExecutionContainer) -> None:
+    async with ExecutionClient(port=container.port) as client:
+        await client.execute("x = 1")
+        async with await client.fork() as branch:
+            await branch.execute("x = 2")
+            await client.checkpoint("one")
+            with pytest.raises(KernelDied):
+                await client.execute("import os; os._exit(7)")
+            await client.rollback("one")
+            assert (await branch.execute("print(x)")).text == "2"
+            assert (await client.execute("print(x)")).text == "1"
+
+
 async def test_many_sessions_share_one_connection(container: ExecutionContainer, relay: Relay) -> None:
     attached = [request for request in relay.requests if "/attach" in request]
 

@@ -245,6 +245,45 @@ async def test_a_limit_of_processes_refuses_a_fork_by_its_name(engine: str, tmp_
             assert await value(branch, "x") == "1"
 
 
+@pytest.fixture
+async def bounded(engine: str) -> AsyncIterator[ExecutionClient]:
+    """A session of little memory and processor time."""
+    limits = Limits(memory=320 << 20, cpu=1.5)
+    async with (
+        ExecutionContainer(engine=engine, preload=(), limits=limits, show_pull_progress=False) as own,
+        ExecutionClient(own.port) as made,
+    ):
+        yield made
+
+
+async def test_memory_is_bounded_for_all_together_and_who_runs_pays(bounded: ExecutionClient) -> None:
+    take = "held = bytearray(b'x') * (150 << 20)"
+    async with await bounded.fork() as first, await bounded.fork() as second:
+        await first.execute(take)
+        with pytest.raises(LimitExceeded) as caught:
+            await second.execute(
+                f"{take}\nmore = bytearray(b'x') * (50 << 20)\nimport time; time.sleep(99)", timeout=BOUND
+            )
+        assert caught.value.limit == "memory"
+        assert not caught.value.state_kept
+        assert await value(first, "len(held)") == str(150 << 20)
+        assert (await second.execute("print(1)")).restarted
+
+
+async def test_processor_time_is_each_branchs_own(bounded: ExecutionClient) -> None:
+    burn = "import time\nwhile time.process_time() < {}: pass"
+    async with await bounded.fork() as busy, await bounded.fork() as idle:
+        quiet = await idle.submit("import time; time.sleep(3)")
+        with pytest.raises(LimitExceeded) as caught:
+            await busy.execute(burn.format(99), timeout=BOUND)
+        assert caught.value.limit == "cpu"
+        assert caught.value.state_kept
+        await quiet.result(BOUND)
+        # What a cell uses counts from its own beginning.
+        await idle.execute("import time\nend = time.process_time() + 1\nwhile time.process_time() < end: pass")
+        await idle.execute("end = time.process_time() + 1\nwhile time.process_time() < end: pass")
+
+
 # -- how they end ----------------------------------------------------------------------------------------------------
 
 

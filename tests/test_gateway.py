@@ -724,3 +724,44 @@ async def test_a_kernel_that_breaks_the_rules_behind_the_gateway_loses_its_own_s
             await remote.execute(f"{FIND_STREAM}\n{lie}\ntime.sleep(60)", timeout=SECONDS)
         assert await text_of(executor, "x") == "1"
         assert await text_of(remote, "2") == "2"
+
+
+# -- forks -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_ticket_is_for_one_fork_and_no_other_is_one(small: CodeExecutionContainer, key: str) -> None:
+    async with small, CodeExecutor(key, small.workspace, small.port, BY_THE_PORT, token=small.token) as client:
+        session = client._session
+        assert session is not None
+        branch = await session.branch()
+        gateway = small._gateway
+        assert gateway is not None
+        assert gateway._tickets == {}
+        for ticket in ("no such ticket", "", 3, None, ["x"]):
+            reader, writer = await asyncio.open_connection(BY_THE_PORT, small.port)
+            writer.write(frames.encode({"type": "hello", "token": small.token, "key": "../x", "ticket": ticket}))
+            async with asyncio.timeout(SECONDS):
+                assert b"refused" in await reader.read()
+            writer.close()
+        await branch.close()
+        assert await text_of(client, "1") == "1"
+
+
+async def test_a_fork_that_nobody_fetches_is_closed(
+    small: CodeExecutionContainer, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actbox.gateway._TICKET_SECONDS", 0.05)
+    async with small, CodeExecutor(key, small.workspace, small.port, BY_THE_PORT, token=small.token) as client:
+        session: Any = client._session
+        await session._link.send({"type": "branch"})
+        frame = await session.receive()
+        assert frame.header["type"] == "branch"
+        async with asyncio.timeout(SECONDS):
+            while "1 sessions" not in repr(small):  # noqa: ASYNC110 - there is no event for it
+                await asyncio.sleep(0.005)
+        assert await text_of(client, "1") == "1"
+
+
+async def test_a_kernel_cannot_hand_out_tickets(remote: CodeExecutor) -> None:
+    with pytest.raises(ProtocolError):
+        await remote.execute(f"{FIND_STREAM}\nframe({{'type': 'branch', 'ticket': 'x', 'slot': 1}})", timeout=SECONDS)

@@ -16,6 +16,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -289,6 +290,9 @@ def serve(control: socket.socket, host: int | None = None) -> None:
         # The place of this package is no place for the guest's imports.
         sys.path.remove(layout["guest_path"])
     sys.path.extend(layout["extra_path"])
+    # A socket for each session that lives, however many; sessions have a bound of their own.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     layer = "folders"
     try:
         _check_folders(layout["folders"])
