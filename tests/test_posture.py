@@ -16,6 +16,7 @@ import difflib
 import errno
 import json
 import os
+import signal
 import socket
 import stat
 from pathlib import Path
@@ -172,6 +173,12 @@ def in_words(found: dict[str, Any], neighbour: dict[str, Any], limits: Limits, e
         users[name] = [f"{mapped} is", "root" if outside == "0" else "somebody", f"outside, {count} in all"]
     # An ordinary user cannot give up supplementary groups: they stay, as groups without a name. Its own group is none.
     users["Groups"] = [group for group in users["Groups"] if group not in ("65534", "1000")]
+    # What the host's process was told to ignore by who started it is no part of the boundary. SIGPIPE and SIGXFSZ are
+    # ignored by every Python.
+    pythons = 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    inherited = int(status.partition("SigIgn:")[2].split()[0], 16) & ~pythons
+    told["signals"] = {**found["signals"], "ignored": f"{int(found['signals']['ignored'], 16) & ~inherited:016x}"}
     told["users"] = {name: " ".join(told) for name, told in users.items()}
     # An interpreter may have libraries and packages of its own; an image has variables of its own.
     others = image_variables() if engine == "docker" else {"LD_LIBRARY_PATH", "PYTHONPATH"}
