@@ -6,11 +6,12 @@
 #   make fuzz      frames from a fuzzer, for SECONDS=60
 #   make soak      SESSIONS=2000 with faults at random; ARGS="--seed N" and the like
 #   make check     lint, format, types, lock
+#   make cases     the tests of the containment cases, and their table in docs/cases.md
 #   make bench     the measurements of the docs; those of Docker where there is an engine for them
 #   make clean     remove all that this file makes
 
 SHELL := /bin/sh
-.PHONY: setup demo test fuzz soak check bench clean FORCE
+.PHONY: setup demo test fuzz soak check cases bench clean FORCE
 
 PYTHON ?=
 ARGS ?=
@@ -62,6 +63,9 @@ check: setup
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
 	$(UV) lock --check
+
+cases: setup
+	.venv/bin/python -m pytest --cases=docs/cases.md $(ARGS)
 
 bench: setup
 	.venv/bin/python benchmarks/bench.py

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 settings.register_profile("actbox", deadline=None)
 settings.load_profile("actbox")
 
+pytest_plugins = ["case_table"]
+
 _numbers = itertools.count(1)
 
 
