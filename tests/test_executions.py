@@ -503,6 +503,41 @@ async def test_an_interrupt_at_any_moment_of_the_end_keeps_the_state(executor: C
         assert (result.text, result.restarted) == ("1", False)
 
 
+async def test_an_interrupt_that_the_interpreter_did_not_see_is_repeated(executor: CodeExecutor) -> None:
+    # As when the signal comes between the interpreter's last look and a call that blocks.
+    await executor.execute("x = 5", timeout=SECONDS)
+    code = """
+import signal, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+print("begun", flush=True)
+signal.sigwait({signal.SIGINT})
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+time.sleep(60)
+"""
+    execution = await executor.submit(code)
+    await until_output(execution)
+    await execution.interrupt()
+    assert isinstance(execution.outcome, Interrupted)
+    assert execution.outcome.state_kept
+    assert await text_of(executor, "x") == "5"
+
+
+async def test_an_interrupt_is_seen_once_by_code_that_handles_it(executor: CodeExecutor) -> None:
+    code = """
+import time
+try:
+    print("begun", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1.2)
+    print("cleaned")
+"""
+    execution = await executor.submit(code)
+    await until_output(execution)
+    await execution.interrupt()
+    assert (await execution.result(SECONDS)).text == "begun\ncleaned"
+
+
 async def test_code_that_handles_the_interrupt_ends_as_it_likes(executor: CodeExecutor) -> None:
     code = "import time\ntry:\n    print('on')\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('caught')\n"
     execution = await executor.submit(code)

@@ -3,10 +3,14 @@
 The watcher writes the number of the cell to be interrupted into memory that it shares with the kernel, then sends the
 signal. A signal that arrives late finds another number and does nothing. The same memory tells the watcher, when the
 kernel has died, which cell it had begun. Every kernel of a session has a slot of it.
+
+A signal that arrives between the interpreter's last look and a system call that blocks is not seen until that call
+returns, which may be never. So the kernel notes in its slot that it has seen one, and is reminded until it has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import signal
@@ -24,6 +28,9 @@ _NUMBER = struct.Struct("<q")
 _TARGET = 0
 _CURRENT = 8
 _BEGUN = 16
+_SEEN = 24
+# Seconds after an interrupt. Few, for code with a handler of its own sees each of them.
+REMINDERS = (0.1, 0.4, 1.0)
 
 
 def make_slots() -> mmap.mmap:
@@ -62,6 +69,13 @@ def wanted(slot: memoryview) -> bool:
     return current != 0 and current == _NUMBER.unpack_from(slot, _TARGET)[0]
 
 
+def remind(slot: memoryview, kernel: int) -> None:
+    """Signal the kernel once more if it has not seen the signal for the cell that it runs."""
+    if wanted(slot) and _NUMBER.unpack_from(slot, _SEEN)[0] != running(slot):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(kernel, signal.SIGINT)
+
+
 class Interrupts:
     """This kernel's side of it.
 
@@ -95,6 +109,7 @@ class Interrupts:
         _NUMBER.pack_into(self._slot, _CURRENT, cell)
         # The order may have overtaken the cell: then its signal found nothing to interrupt.
         if wanted(self._slot):
+            _NUMBER.pack_into(self._slot, _SEEN, cell)
             self.delivered = True
             raise KeyboardInterrupt
 
@@ -112,6 +127,7 @@ class Interrupts:
         __tracebackhide__ = True
         if not wanted(self._slot):
             return
+        _NUMBER.pack_into(self._slot, _SEEN, running(self._slot))
         if self._depth:
             self._pending = True
             return

@@ -18,7 +18,7 @@ import select
 import signal
 import socket
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ _SCM_CREDENTIALS = 2
 
 @dataclass(eq=False)
 class Kin:
-    """One kernel as its watcher knows it. `pid` is 0 until it is there."""
+    """One kernel as its watcher knows it. `pid` is 0 until it is there; `reminders`, when to interrupt it again."""
 
     number: int
     slot: memoryview
@@ -44,6 +44,7 @@ class Kin:
     pid: int = 0
     killed: bool = False
     limit: dict[str, Any] | None = None
+    reminders: list[float] = field(default_factory=list[float])
 
 
 class Watcher:
@@ -88,7 +89,8 @@ class Watcher:
         """
         self._plan_look()
         while self._kernels:
-            events = self._poller.poll(max(0, 1000 * (self._deadline - monotonic())))
+            events = self._poller.poll(max(0, 1000 * (self._next_time() - monotonic())))
+            self._remind()
             if monotonic() >= self._deadline:
                 self._look()
                 self._plan_look()
@@ -110,6 +112,16 @@ class Watcher:
                 self._hear(kernel)
                 return
 
+    def _next_time(self) -> float:
+        """When there is something to do though nothing comes."""
+        return min([self._deadline, *(time for kernel in self._kernels.values() for time in kernel.reminders)])
+
+    def _remind(self) -> None:
+        for kernel in self._kernels.values():
+            if kernel.reminders and monotonic() >= kernel.reminders[0]:
+                del kernel.reminders[0]
+                interrupts.remind(kernel.slot, kernel.pid)
+
     # -- the host ------------------------------------------------------------------------------------------------
 
     def _take_order(self, kernel: Kin) -> None:
@@ -120,6 +132,7 @@ class Watcher:
             case {"op": "interrupt", "cell": int(cell)} if kernel.pid:
                 interrupts.set_target(kernel.slot, cell)
                 interrupts.forward(kernel.slot, kernel.pid)
+                kernel.reminders = [monotonic() + seconds for seconds in interrupts.REMINDERS]
             case {"op": "cell"}:
                 self._meter.begin_cell(self._pids(), kernel.pid)
                 self._plan_look()
