@@ -232,7 +232,7 @@ BROKEN: dict[str, Script] = {
 
 @pytest.mark.parametrize("lie", BROKEN.values(), ids=BROKEN.keys())
 async def test_a_guest_that_breaks_the_rules_is_found_out(house: House, lie: Script, *, by_port: bool) -> None:
-    """G1, G3-G6, G8, G12, G16: a ProtocolError, one session lost, and little held."""
+    """G1, G3, G4, G5, G6, G8, G12, G16: a ProtocolError, one session lost, and little held."""
     async with Growth() as growth:
         heard = await hear(house, lie, by_port=by_port)
     assert isinstance(heard, ProtocolError)
@@ -769,7 +769,7 @@ NEWS_OF_ANY_KIND = (
 
 
 def test_whatever_a_guest_says_a_cell_ends_once_and_its_session_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G1-G5, G16: any sequence of frames, nearly right ones and bytes, and any news of the end."""
+    """G1, G2, G3, G4, G5, G16: any sequence of frames, nearly right ones and bytes, and any news of the end."""
     monkeypatch.setattr(sessions, "READY_SECONDS", 5.0)
     with asyncio.Runner() as runner:
         house = runner.run(House().__aenter__())
