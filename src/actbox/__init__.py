@@ -60,6 +60,7 @@ from actbox.network import Network
 from actbox.outputs import Image, Output
 from actbox.result import ExecutionResult
 from actbox.saving import SessionState
+from actbox.skills import Skill, SkillProblem
 from actbox.spec import Limits
 from actbox.variables import Variable
 from actbox.workspace import Workspace
@@ -108,6 +109,8 @@ __all__ = [
     "SandboxUnavailable",
     "SessionBroken",
     "SessionState",
+    "Skill",
+    "SkillProblem",
     "StateError",
     "StateRefused",
     "TextBlock",

@@ -30,11 +30,12 @@ from actbox.spec import DEFAULT_TAG, MIB, Bind, bind_target, check_key
 from actbox.workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection, Mapping
+    from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
 
     from actbox.egress import Record
     from actbox.network import Network
     from actbox.sessions import Session
+    from actbox.skills import Skill
     from actbox.spec import Limits
 
 __all__ = [
@@ -314,6 +315,14 @@ class CodeExecutor(ExecutionClient):
     def keep_image(self, data: bytes, mime_type: str) -> Path | None:
         """See `ExecutionClient.keep_image`."""
         return self._images.save(data, mime_type)
+
+    async def skills(self) -> list[Skill]:
+        """The skills that this session can use; see `Workspace.skills`."""
+        return await asyncio.to_thread(self._workspace.skills, self._key)
+
+    async def skill_sources(self, names: Iterable[str]) -> str:
+        """Skills of this session as Markdown for a prompt; see `Workspace.skill_sources`."""
+        return await asyncio.to_thread(self._workspace.skill_sources, names, self._key)
 
     async def submit(self, code: str) -> Execution:
         """See `ExecutionClient.submit`."""

@@ -18,10 +18,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from actbox.errors import InvalidArgument, WorkspaceError
 from actbox.files import open_folder
+from actbox.skills import Skill, SkillFolder, find_skills, skill_sources
 from actbox.spec import check_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["Workspace"]
 
@@ -91,6 +96,39 @@ class Workspace:
         key = check_key(key)
         self._make_root()
         return self._make("skills", "private", key, writable=True), self._make("images", key, writable=True)
+
+    def skills(self, key: str | None = None) -> list[Skill]:
+        """The skills that sessions have: the shared ones, then those of one key; each by name.
+
+        They are read anew at each call, from folders that sessions write: see `Skill` for what can be relied on. At
+        most 1000 of either folder are found. Blocks on the disk.
+
+        Raises:
+            InvalidKey: the key cannot be used; nothing was looked at.
+            WorkspaceError: a folder of skills is a symbolic link or out of reach. One that is missing has none.
+        """
+        return [skill for folder in self._skill_folders(key) for skill in find_skills(folder)]
+
+    def skill_sources(self, names: Iterable[str], key: str | None = None) -> str:
+        """Skills as Markdown for a prompt: the text of a SKILL.md, the source of modules and packages, in this order.
+
+        A name is that of a skill, or of a module within one, with dots. Where both folders have it, it is the shared
+        one, which an import finds, too. Texts are made valid and cut: 128 KiB of a file, 512 Ki characters in all. They
+        are their author's, who may be a session: a prompt does well to say so. Blocks on the disk.
+
+        Raises:
+            InvalidArgument: there is no skill of a name.
+            InvalidKey, WorkspaceError: as of `skills`.
+        """
+        wanted = [names] if isinstance(names, str) else list(names)
+        return skill_sources(self._skill_folders(key), wanted)
+
+    def _skill_folders(self, key: str | None) -> list[SkillFolder]:
+        """Those that are there, in the order in which imports look at them."""
+        folders = [SkillFolder(self._path, ("skills", "shared"), "shared")]
+        if key is not None:
+            folders.append(SkillFolder(self._path, ("skills", "private", check_key(key)), "private"))
+        return [folder for folder in folders if os.path.lexists(self._path.joinpath(*folder.below))]
 
     def __repr__(self) -> str:
         return f"Workspace({str(self._path)!r})"
