@@ -40,7 +40,7 @@ FLOORS: tuple[set[str], ...] = (
     {"forks", "gateway", "supervision", "transfer"},
     {"execution", "sessions", "way_out"},
     {"saving"},
-    {"gateway", "supervision", "transfer", "variables"},
+    {"functions", "gateway", "supervision", "transfer", "variables"},
     {"exchange"},
     {"execution", "sessions", "values", "way_out", "workspace"},
     {"skills"},
@@ -50,7 +50,7 @@ FLOORS: tuple[set[str], ...] = (
     {"outputs"},
     {"events", "spec"},
     {"network"},
-    {"errors", "shielded"},
+    {"clock", "errors", "shielded"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -58,6 +58,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {
     "errors": set[str](),
     "events": set[str](),
+    "clock": set[str](),
     "shielded": set[str](),
     "spec": {"errors"},
     "protocol": {"errors", "events"},

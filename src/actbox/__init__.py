@@ -47,6 +47,7 @@ from actbox.errors import (
     VariableUnsupported,
     WorkspaceError,
 )
+from actbox.events import CallRecord
 from actbox.execution import Execution
 from actbox.executor import (
     CodeExecutionContainer,
@@ -55,6 +56,7 @@ from actbox.executor import (
     execution_environment,
 )
 from actbox.forks import Checkpoint
+from actbox.functions import Allow, CallLimits, Deny, FunctionCall
 from actbox.logger import Logger
 from actbox.network import Network
 from actbox.outputs import Image, Output
@@ -69,7 +71,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActboxError",
+    "Allow",
     "Block",
+    "CallLimits",
+    "CallRecord",
     "Checkpoint",
     "CheckpointMissing",
     "CodeExecutionContainer",
@@ -77,6 +82,7 @@ __all__ = [
     "CodeExecutor",
     "ConnectionError",
     "ContainerInfo",
+    "Deny",
     "DotenvError",
     "EnvironmentBuildError",
     "EnvironmentNotFound",
@@ -90,6 +96,7 @@ __all__ = [
     "ExecutionResult",
     "ExecutionTimeout",
     "ForkRefused",
+    "FunctionCall",
     "Image",
     "ImageBlock",
     "InvalidArgument",

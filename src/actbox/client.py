@@ -39,6 +39,7 @@ from actbox.events import (
 )
 from actbox.execution import Execution, check_timeout
 from actbox.forks import Checkpoint, Checkpoints, Copy, Files, Step, ask, copy_of
+from actbox.functions import CellCalls, HostFunctions, is_budget
 from actbox.protocol import frames, messages
 from actbox.saving import Saving
 from actbox.sessions import read_overrun
@@ -79,7 +80,7 @@ class _Stop:
     timer: asyncio.TimerHandle | None = None
 
 
-class ExecutionClient(FileTransfers, Variables, Saving):
+class ExecutionClient(FileTransfers, Variables, Saving, HostFunctions):
     """A stateful IPython session in a running container: made on entering the context, destroyed on leaving it.
 
     Cells and transfers of files run in the order in which they were submitted. One client belongs to one event loop;
@@ -266,6 +267,7 @@ class ExecutionClient(FileTransfers, Variables, Saving):
     def _begin(self, of: Copy | None = None) -> None:
         self._session = of.session if of is not None else None
         self._is_branch = of is not None
+        self._registry = self._registry.branch() if self._registry is not None else None
         self._queue: deque[Execution | Step] = deque()
         self._runner: asyncio.Task[None] | None = None
         self._stops: dict[int, _Stop] = {}
@@ -523,7 +525,7 @@ class ExecutionClient(FileTransfers, Variables, Saving):
         wall = session.limits.wall
         timer = None
         if wall is not None:
-            timer = asyncio.get_running_loop().call_later(wall, end, Overrun("wall", wall, wall))
+            timer = execution.clock.after(wall, end, Overrun("wall", wall, wall))
         try:
             yield
         finally:
@@ -545,14 +547,9 @@ class ExecutionClient(FileTransfers, Variables, Saving):
     async def _run_in(self, execution: Execution, session: Session, cell: int) -> Outcome | None:
         """Send the cell and follow it to its end; None if the kernel was gone before it began."""
         sending: asyncio.Task[None] | None = None
+        calls = CellCalls(self._registry, execution, session)
         try:
-            if execution.transfer is None:
-                code = execution.code.encode("utf-8", "surrogatepass")
-                await session.send({"type": "execute", "id": cell}, code)
-            else:
-                await session.send({**execution.transfer.request, "id": cell})
-                # Beside the reading: the kernel may end an upload before all of it was sent.
-                sending = asyncio.create_task(execution.send_archive(_numbered(session, cell)))
+            sending = await self._send_request(execution, session, cell)
             while (frame := await session.receive()) is not None:
                 message = messages.decode(frame)
                 match message:
@@ -565,6 +562,8 @@ class ExecutionClient(FileTransfers, Variables, Saving):
                         return self._ending(execution, status, count, read_overrun(passed, session.limits))
                     case messages.Archive(number, data) if number == cell:
                         await execution.take_archive(data)
+                    case messages.Call():
+                        await calls.take(message)
                     case messages.Reply() | messages.Ready() | messages.SetupFailed() | messages.Archive():
                         raise ProtocolError(f"the kernel sent a {type(message).__name__} out of turn")
                     case _:
@@ -579,7 +578,20 @@ class ExecutionClient(FileTransfers, Variables, Saving):
             if sending is not None:
                 sending.cancel()
                 await asyncio.wait([sending])
+            await calls.close()
         return await self._after_end(execution, session, cell)
+
+    async def _send_request(self, execution: Execution, session: Session, cell: int) -> asyncio.Task[None] | None:
+        """Send the cell, or what a transfer asks for; what sends the rest of it, if there is any."""
+        if execution.transfer is None:
+            if self._registry is not None:
+                await self._registry.announce(session)
+            code = execution.code.encode("utf-8", "surrogatepass")
+            await session.send({"type": "execute", "id": cell}, code)
+            return None
+        await session.send({**execution.transfer.request, "id": cell})
+        # Beside the reading: the kernel may end an upload before all of it was sent.
+        return asyncio.create_task(execution.send_archive(_numbered(session, cell)))
 
     def _is_killed(self, execution: Execution) -> bool:
         stop = self._stops.get(id(execution))
@@ -596,6 +608,8 @@ class ExecutionClient(FileTransfers, Variables, Saving):
             return Interrupted(state_kept=True, error=error)
         if status == "ok":
             return Finished(count)
+        if error is not None and execution.calls_over is not None and is_budget(error.name):
+            return Exceeded(execution.calls_over, state_kept=True, error=error)
         if refused is not None and error is not None:
             return Exceeded(refused, state_kept=True, error=error)
         return Failed(error or Error("KeyboardInterrupt" if status == "interrupted" else "Error", "", ""), count)

@@ -76,6 +76,19 @@ Event = Stream | DisplayData | UpdateDisplayData | ExecuteResult | ClearOutput |
 
 
 @dataclass(frozen=True, slots=True)
+class CallRecord:
+    """A call of a cell, and what became of it; `seconds` with the time it waited for approval.
+
+    "returned" and "raised" say that the function was called; "denied" that it was not approved; "refused" that it could
+    not be called as asked; "abandoned" that the cell ended before it.
+    """
+
+    name: str
+    verdict: Literal["returned", "raised", "denied", "refused", "abandoned"]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The cell ran to its end."""
 

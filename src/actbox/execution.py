@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from actbox.clock import Clock
 from actbox.errors import (
     ActboxError,
     ExecutionError,
@@ -26,6 +27,7 @@ from actbox.errors import (
     ProtocolError,
 )
 from actbox.events import (
+    CallRecord,
     Died,
     DisplayData,
     Error,
@@ -38,6 +40,7 @@ from actbox.events import (
     KernelRestarted,
     Lost,
     Outcome,
+    Overrun,
     Stream,
     TimedOut,
     UpdateDisplayData,
@@ -100,8 +103,10 @@ class Execution:
     to one reader.
 
     State: `_fold` and `_images`, what is kept of the output; `_events`, what waits for a reader, with its size;
-    `_moved`, whether anything of an archive has come; `_changed`, completed and renewed whenever a reader should look
-    again; `_waiting`, completed at the end; `_outcome`, set once.
+    `_moved`, whether anything of an archive has come, or a call; `_changed`, completed and renewed whenever a reader
+    should look again; `_waiting`, completed at the end; `_outcome`, set once. `clock` is the time that timeouts count,
+    `calls` what the cell has called of the host's functions (the first 1000), `calls_over` the bound on calls that it
+    has met.
     """
 
     def __init__(
@@ -114,6 +119,9 @@ class Execution:
         self.code = code
         self.transfer = transfer
         self.keep_text: Callable[[str], str | None] | None = None
+        self.clock = Clock()
+        self.calls: list[CallRecord] = []
+        self.calls_over: Overrun | None = None
         self._client = client
         self._keep_image = keep_image
         self._fold: Fold | None = None
@@ -331,6 +339,10 @@ class Execution:
         if transfer.failure is not None:
             self._client.stop(self, "interrupt")
 
+    def note_call(self) -> None:
+        """The cell has called a function of the host: it cannot be run again as if it had not begun."""
+        self._moved = True
+
     def release(self) -> None:
         """Let the kernel's output through though the reader is slow: the cell is being ended."""
         self._released = True
@@ -364,8 +376,7 @@ class Execution:
     @contextmanager
     def _deadline(self, timeout: float) -> Generator[None]:
         check_timeout(timeout)
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(min(timeout, _LONGEST), self._client.stop, self, "timeout", timeout)
+        timer = self.clock.after(min(timeout, _LONGEST), self._client.stop, self, "timeout", timeout)
         try:
             yield
         finally:

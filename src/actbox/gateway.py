@@ -40,7 +40,7 @@ _TICKET_SECONDS = 30.0
 _REQUESTS = frozenset(
     {
         *("execute", "download", "upload", "delete", "archive", "archive_end"),
-        *("variables", "get", "set", "save", "restore"),
+        *("variables", "get", "set", "save", "restore", "functions"),
         *("fork", "settle", "clear"),
     }
 )
@@ -190,6 +190,7 @@ class Gateway:
 
     async def _inward(self, link: Link, session: Session) -> None:
         """What the client says: cells and transfers for the kernel, orders for us."""
+        answering: set[asyncio.Task[None]] = set()
         while (frame := await link.receive()) is not None:
             header = frame.header
             match header:
@@ -197,6 +198,11 @@ class Gateway:
                     # A kernel that died meanwhile is told of by the other direction.
                     with contextlib.suppress(OSError):
                         await session.send(header, frame.payload)
+                case {"type": "call_result"}:
+                    # The kernel may be long in reading it, and an order that comes behind it must not wait for that.
+                    task = asyncio.create_task(_try_to_send(session, header, frame.payload))
+                    answering.add(task)
+                    task.add_done_callback(answering.discard)
                 case {"type": "interrupt", "cell": int(cell)} if 0 < cell < _MAX_CELL:
                     session.interrupt(cell)
                 case {"type": "kill"}:
@@ -221,9 +227,9 @@ def _telling(link: Link) -> Callable[[Overrun], None]:
     return tell
 
 
-async def _try_to_send(link: Link, header: dict[str, Any]) -> None:
+async def _try_to_send(to: Link | Session, header: dict[str, Any], payload: bytes = b"") -> None:
     with contextlib.suppress(OSError):
-        await link.send(header)
+        await to.send(header, payload)
 
 
 async def _outward(session: Session, link: Link) -> None:

@@ -176,8 +176,8 @@ class LocalSession:
             raise ConnectionResetError("the session was not started")
         if header.get("type") in _COUNTED and self.limits.cpu is not None:
             self._order({"op": "cell"})
-        # Pieces of an upload may come behind the reply that has ended it.
-        self.at_work = self.at_work or header.get("type") not in ("archive", "archive_end")
+        # Pieces of an upload, or answers to calls, may come behind the reply that has ended it.
+        self.at_work = self.at_work or header.get("type") not in ("archive", "archive_end", "call_result")
         await self._link.send(header, payload)
 
     @property

@@ -77,6 +77,18 @@ def decode(head: bytes, data: bytearray) -> Any:
         raise Malformed(f"what came is no value ({exc})") from exc
 
 
+def decode_json(head: bytes, data: bytes) -> Any:
+    """A JSON value, with bytes in it, that a session has sent.
+
+    Raises:
+        Malformed: it is none.
+    """
+    try:
+        return guest_values.from_json(frames.parse_header(head), data, parse_json)
+    except (frames.FrameError, ValueError, RecursionError) as exc:
+        raise Malformed(f"what came is no value ({exc})") from exc
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
@@ -255,4 +267,4 @@ def _check_plain(metadata: memoryview) -> None:
         raise ValueError("compressed, which is not taken")
 
 
-__all__ = ["Encoded", "Malformed", "Unsupported", "decode", "encode", "parse_json"]
+__all__ = ["Encoded", "Malformed", "Unsupported", "decode", "decode_json", "encode", "parse_json"]

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..protocol import frames
 from . import branching, folders, interrupts, saving, values, variables
 from . import shell as shells
+from .calls import Calls
 from .interrupts import Interrupts
 from .output import THREAD, Channel
 from .places import Refused
@@ -76,6 +77,7 @@ class Kernel:
         os.register_at_fork(after_in_child=self._leave_kin)
         self._transfers = Transfers(self._channel, self._interrupts, self._receive)
         self._variables = variables.Variables(self._channel, self._interrupts, self._receive, shell)
+        self._calls = Calls(stream, self._decoder, self._channel, self._interrupts, shell)
         self._saving = saving.Saving(self._channel, self._interrupts, self._receive, shell)
 
     def serve(self, start: dict[str, Any]) -> None:
@@ -103,6 +105,9 @@ class Kernel:
         # What else comes is the rest of an upload that ended before its time.
         if kind == "execute":
             self._answer(frame, self._run_cell)
+        elif kind == "functions":
+            with contextlib.suppress(Exception):
+                self._calls.install(frame)
         elif kind in REQUESTS:
             self._answer(frame, self._transfer)
         elif kind in variables.REQUESTS or kind in saving.REQUESTS:
@@ -115,6 +120,7 @@ class Kernel:
     def _run_cell(self, frame: frames.Frame, _reply: dict[str, Any]) -> BaseException | None:
         self._reloader.before_cell()
         self._shell.interrupted = self._interrupts.was_delivered
+        self._calls.begin()
         result = self._shell.run_cell(frame.payload.decode("utf-8", "replace"), store_history=True)
         return result.error_before_exec or result.error_in_exec
 
@@ -172,6 +178,7 @@ class Kernel:
             self._decoder = frames.Decoder()
             self._interrupts.move(interrupts.slot(self._memory, number))
             self._channel.move(self._stream, pipes)
+            self._calls.move(self._stream, self._decoder)
             self._pid = os.getpid()
             self._kin.send(b"here")
             self._channel.now(self._ready)
@@ -214,6 +221,7 @@ class Kernel:
             # A child that the cell forked has come to the end of the cell: it is no kernel.
             os._exit(0)
         self._interrupts.end()
+        self._calls.end()
         if self._interrupts.delivered and isinstance(error, KeyboardInterrupt):
             reply["status"] = "interrupted"
         elif error is not None and not shells.ended_well(error):

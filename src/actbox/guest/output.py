@@ -112,6 +112,12 @@ class Channel:
             self._frame_texts()
             self._queue(data)
 
+    def at_once(self, header: dict[str, Any], payload: bytes = b"") -> None:
+        """A frame behind everything written so far, that does not wait for more."""
+        with self._interrupts.held, self.lock:
+            self.send(header, payload)
+            self._flush()
+
     def begin(self) -> None:
         """A cell begins: what waited since the last one is its first output."""
         with self._interrupts.held, self.lock:

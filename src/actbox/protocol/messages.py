@@ -58,6 +58,15 @@ class Archive:
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """The session's code calls a function of the host; `id` is the guest's, and is for the answer alone."""
+
+    id: int
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """The end of a cell or transfer; comes behind its last output.
 
@@ -71,7 +80,7 @@ class Reply:
     passed: object = None
 
 
-Message = Ready | SetupFailed | Reply | Archive | Event
+Message = Ready | SetupFailed | Reply | Archive | Call | Event
 
 
 def decode(frame: Frame) -> Message:
@@ -86,12 +95,10 @@ def decode(frame: Frame) -> Message:
             name = header.get("name")
             if name in ("stdout", "stderr") and len(frame.payload) <= _MAX_TEXT:
                 return Stream(name, frame.payload.decode("utf-8", "replace"))
-        case "display_data":
+        case "display_data" | "update_display_data" as kind:
+            made = DisplayData if kind == "display_data" else UpdateDisplayData
             data, left_out = _bundle(frame)
-            return DisplayData(data, _mapping(header), _display_id(header), left_out)
-        case "update_display_data":
-            data, left_out = _bundle(frame)
-            return UpdateDisplayData(data, _mapping(header), _display_id(header), left_out)
+            return made(data, _mapping(header), _display_id(header), left_out)
         case "execute_result":
             data, left_out = _bundle(frame)
             return ExecuteResult(data, _mapping(header), _number(header, "execution_count"), left_out)
@@ -112,6 +119,8 @@ def decode(frame: Frame) -> Message:
                 )
         case "archive" if len(frame.payload) <= MAX_PIECE:
             return Archive(_number(header, "id"), frame.payload)
+        case "call":
+            return Call(_number(header, "id"), _text(header, "name")[:_MAX_NAME], frame.payload)
         case "ready":
             landlock = _number(header, "landlock") if "landlock" in header else 0
             return Ready(_text(header, "python")[:_MAX_NAME], _text(header, "ipython")[:_MAX_NAME], landlock)
