@@ -523,3 +523,12 @@ def test_the_example_runs(tmp_path: Path) -> None:
 
 def test_what_the_tests_need_is_here() -> None:
     assert importlib.util.find_spec("pyarrow")
+
+
+async def test_bytes_below_keys_too_long_to_be_told_are_refused(executor: CodeExecutor) -> None:
+    value = {f"{number}{'k' * 9000}": b"x" for number in range(200)}
+    with pytest.raises(VariableUnsupported, match="below long keys"):
+        await executor.set("v", value)
+    await executor.execute("v = {f\"{number}{'k' * 9000}\": b'x' for number in range(200)}")
+    with pytest.raises(VariableUnsupported, match="below long keys"):
+        await executor.get("v")

@@ -58,7 +58,7 @@ class CallLimits:
     per_cell: int = 1000
     per_session: int = 100_000
     in_flight: int = 16
-    bytes: int = 8 << 20
+    bytes: int = 1 << 20
 
     def __post_init__(self) -> None:
         for name, least in (("per_cell", 0), ("per_session", 0), ("in_flight", 1), ("bytes", 1024)):

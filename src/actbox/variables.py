@@ -20,6 +20,7 @@ from actbox.errors import (
     VariableUnsupported,
 )
 from actbox.exchange import Exchange, Exchanges, send_pieces
+from actbox.guest import values as guest_values
 from actbox.guest.places import Refused
 from actbox.protocol import frames
 from actbox.protocol.messages import legible
@@ -29,7 +30,7 @@ from actbox.values import Unsupported
 if TYPE_CHECKING:
     from actbox.exchange import Send
 
-MAX_BYTES = 256 << 20
+MAX_BYTES = 64 << 20
 _MAX_LIMIT = 10_000
 _MAX_PREVIEW = 10_000
 _MAX_LISTING = 4 << 20
@@ -90,7 +91,8 @@ class Variables(Exchanges):
         Args:
             name: of the variable.
             timeout: see the class.
-            max_bytes: a larger value is refused; 256 MiB by default.
+            max_bytes: a larger value is refused; 64 MiB by default. It bounds what travels: as Python's objects, JSON and
+                tables can take some thirty times as much.
 
         Raises:
             VariableMissing: (a `LookupError`) there is none of this name.
@@ -117,6 +119,7 @@ class Variables(Exchanges):
         self.check_connected()
         try:
             encoded = await in_thread(values.encode, value)
+            guest_values.prefix(encoded.header)
         except Unsupported as exc:
             raise VariableUnsupported(name, exc.kind, exc.remedy) from exc
         except Refused as exc:

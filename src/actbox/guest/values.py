@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 PREFIX = struct.Struct("!I")
 MAX_DEPTH = 100
 MAX_BLOBS = 1000
-MAX_HEADER = 1 << 20
+# Below that of a frame's header, in which it may stand.
+MAX_HEADER = 1_000_000
 # Kinds of NumPy's dtypes that are plain memory; objects are not, structures may hold some.
 PLAIN_KINDS = "biufcSUMm"
 MAX_ITEM = 1 << 20
