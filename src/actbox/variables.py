@@ -91,8 +91,8 @@ class Variables(Exchanges):
         Args:
             name: of the variable.
             timeout: see the class.
-            max_bytes: a larger value is refused; 64 MiB by default. It bounds what travels: as Python's objects, JSON and
-                tables can take some thirty times as much.
+            max_bytes: a larger value is refused; 64 MiB by default. It bounds what travels: as Python's objects, JSON
+                and tables can take some thirty times as much.
 
         Raises:
             VariableMissing: (a `LookupError`) there is none of this name.
