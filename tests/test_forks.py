@@ -15,6 +15,7 @@ from docker_tools import listed, until
 from needs import lacking
 
 from actbox import (
+    CallLimits,
     CheckpointMissing,
     CodeExecutionContainer,
     CodeExecutor,
@@ -745,3 +746,31 @@ async def test_nothing_is_left_of_kept_files(worker: CodeExecutor, tmp_path: Pat
     await worker.checkpoint("two", files=True)
     await worker.disconnect()
     assert listed(tmp_path, "*") == []
+
+
+# -- functions of the host -------------------------------------------------------------------------------------------
+
+
+async def test_a_branch_calls_the_functions_of_its_session(client: ExecutionClient) -> None:
+    called: list[int] = []
+
+    def note(number: int) -> int:
+        called.append(number)
+        return number + 1
+
+    client.functions(note, limits=CallLimits(per_session=4))
+    assert (await client.execute("print(note(1))")).text == "2"
+    await client.checkpoint("one")
+    async with await client.fork() as branch:
+        assert (await branch.execute("print(note(2))")).text == "3"
+        with pytest.raises(KernelDied):
+            await client.execute("note(3); import os; os._exit(3)")
+        await client.rollback("one")
+        assert (await client.execute("print(note(4), note(5))")).text == "5 6"
+        # A death and a rollback have given no call back; the branch counts its own.
+        with pytest.raises(LimitExceeded, match="calls_per_session"):
+            await client.execute("note(6)")
+        assert (await branch.execute("print(note(7), note(8))")).text == "8 9"
+        with pytest.raises(LimitExceeded, match="calls_per_session"):
+            await branch.execute("note(9)")
+    assert called == [1, 2, 3, 4, 5, 7, 8]
