@@ -37,10 +37,8 @@ FLOORS: tuple[set[str], ...] = (
     {"history"},
     {"local_session"},
     {"family"},
-    {"forks", "gateway", "supervision", "transfer"},
-    {"execution", "sessions", "way_out"},
     {"saving"},
-    {"functions", "gateway", "supervision", "transfer", "variables"},
+    {"forks", "functions", "gateway", "supervision", "transfer", "variables"},
     {"exchange"},
     {"execution", "sessions", "values", "way_out", "workspace"},
     {"skills"},
@@ -52,6 +50,7 @@ FLOORS: tuple[set[str], ...] = (
     {"network"},
     {"clock", "errors", "shielded"},
 )
+assert sum(map(len, FLOORS)) == len(set().union(*FLOORS)), "a room is on two floors"
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 # Rooms that may open fewer doors than their floor has.
