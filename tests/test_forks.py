@@ -735,6 +735,18 @@ async def test_files_come_back_with_a_checkpoint_if_they_were_kept(worker: CodeE
     await worker.discard("with")
 
 
+async def test_a_notebook_tells_of_a_rollback(worker: CodeExecutor) -> None:
+    kept = await worker.checkpoint("one")
+    await worker.execute("x = 1")
+    async with await worker.fork() as branch:
+        await branch.execute("branched = 1")
+        await worker.rollback("one")
+        await worker.execute("y = 2")
+        sources = [cell["source"] for cell in worker.notebook()["cells"]][-3:]
+        assert sources == ["x = 1", f"**Here the session went back to its state after cell {kept.cell}.**", "y = 2"]
+        assert [cell["source"] for cell in branch.notebook()["cells"]][-2:] == ["x = 1", "branched = 1"]
+
+
 async def test_nothing_is_left_of_kept_files(worker: CodeExecutor, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     await worker.checkpoint("one", files=True)

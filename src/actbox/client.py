@@ -325,6 +325,7 @@ class ExecutionClient(FileTransfers, Variables, Saving, HostFunctions):
                 await finish(made.session.close())
                 raise
         await self._replace_session(made)
+        self.note_rollback(parked.checkpoint)
         if self._recovers:
             # What was kept since is what nobody wants any more.
             await self._keep_good()
@@ -428,6 +429,9 @@ class ExecutionClient(FileTransfers, Variables, Saving, HostFunctions):
 
     async def note_end(self, execution: Execution) -> None:
         """Called once for every execution that ran, after its outcome is known."""
+
+    def note_rollback(self, checkpoint: Checkpoint) -> None:
+        """Called when the session has gone back to a checkpoint."""
 
     async def restore_files(self, made: Copy, files: Files) -> None:
         """Put files back that were kept with a checkpoint. This class keeps none."""

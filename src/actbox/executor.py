@@ -268,6 +268,10 @@ class CodeExecutor(ExecutionClient):
             raise
         return Files(place, tuple(left_out))
 
+    def note_rollback(self, checkpoint: Checkpoint) -> None:
+        """See `ExecutionClient.note_rollback`."""
+        self._history.mark(f"Here the session went back to its state after cell {checkpoint.cell}.")
+
     async def restore_files(self, made: Copy, files: Files) -> None:
         """See `ExecutionClient.restore_files`."""
         twin = self._twin(made)
@@ -337,7 +341,7 @@ class CodeExecutor(ExecutionClient):
         ran (`execution`). A cell that ended badly has an error output that says how, and a line stands where the kernel
         was a fresh one. What went beyond `history` is said to be missing.
         """
-        cells = self._history.cells()
+        cells = self._history.entries()
         return make_notebook(cells, forgotten=self._history.forgotten, key=self._key, version=version("actbox"))
 
     async def save_notebook(self, path: str | Path) -> None:

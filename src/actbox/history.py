@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from actbox.outputs import Output
     from actbox.result import ExecutionResult
 
-__all__ = ["MAX_CELLS", "Cell", "History", "outcome_name", "state_kept"]
+__all__ = ["MAX_CELLS", "Cell", "History", "Marker", "outcome_name", "state_kept"]
 
 MAX_CELLS = 1000
 # What a cell costs beside its code and its outputs.
@@ -39,6 +39,13 @@ class Cell:
     forgotten: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What happened between two cells, in a sentence of ours."""
+
+    text: str
+
+
 class History:
     """A record of the cells that were submitted, in their order: the newest `MAX_CELLS`, of at most `limit` bytes.
 
@@ -50,9 +57,9 @@ class History:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._ended: deque[tuple[Cell, int]] = deque()
+        self._ended: deque[tuple[Cell | Marker, int]] = deque()
         self._size = 0
-        self._open: deque[Execution] = deque()
+        self._open: deque[Execution | Marker] = deque()
         self.forgotten = 0
 
     def add(self, execution: Execution) -> None:
@@ -60,6 +67,12 @@ class History:
         if self._limit:
             self._settle()
             self._open.append(execution)
+
+    def mark(self, text: str) -> None:
+        """Something happened just now: before the cells that wait."""
+        if self._limit:
+            ran = sum(1 for item in self._open if isinstance(item, Marker) or item.outcome or item.started)
+            self._open.insert(ran, Marker(text))
 
     def branch(self) -> History:
         """A record that begins with what this one holds, and goes on by itself."""
@@ -71,20 +84,35 @@ class History:
 
     def cells(self) -> list[Cell]:
         """The cells, the oldest first; those that still run or wait among them."""
+        return [entry for entry in self.entries() if isinstance(entry, Cell)]
+
+    def entries(self) -> list[Cell | Marker]:
+        """The cells, and what happened between them."""
         self._settle()
-        return [*(cell for cell, _ in self._ended), *map(_cell, self._open)]
+        still = (item if isinstance(item, Marker) else _cell(item) for item in self._open)
+        return [*(cell for cell, _ in self._ended), *still]
 
     def _settle(self) -> None:
-        while self._open and self._open[0].outcome is not None:
-            cell = _cell(self._open.popleft())
+        while self._open:
+            first = self._open[0]
+            if isinstance(first, Marker):
+                self._open.popleft()
+                self._ended.append((first, _OVERHEAD))
+                self._size += _OVERHEAD
+                continue
+            if first.outcome is None:
+                break
+            self._open.popleft()
+            cell = _cell(first)
             size = _OVERHEAD + len(cell.code) + sum(map(_size, cell.result.outputs))
             if size > self._limit:
                 cell, size = _without_outputs(cell, size), _OVERHEAD + len(cell.code)
             self._ended.append((cell, size))
             self._size += size
         while self._size > self._limit or len(self._ended) > MAX_CELLS:
-            self._size -= self._ended.popleft()[1]
-            self.forgotten += 1
+            item, size = self._ended.popleft()
+            self._size -= size
+            self.forgotten += isinstance(item, Cell)
 
 
 def _cell(execution: Execution) -> Cell:

@@ -1,7 +1,8 @@
 """A session's cells as a Jupyter notebook (nbformat 4.5), as plain JSON values. No I/O.
 
 What ran is told as it was: a cell that timed out, was killed or lost ends with an error output that says so, and a
-line stands where the kernel was a fresh one. `metadata.actbox` of a cell has the facts.
+line stands where the kernel was a fresh one, or the session went back to a checkpoint. `metadata.actbox` of a cell has
+the facts.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
-from actbox.events import Failed, Finished
-from actbox.history import outcome_name, state_kept
+from actbox.events import Ended, Failed, Finished
+from actbox.history import Marker, outcome_name, state_kept
 from actbox.readable import TABLE
 
 if TYPE_CHECKING:
@@ -33,12 +34,17 @@ _TEXT = ("text/", "image/svg+xml", "application/javascript", "application/xml")
 _MAX_DEPTH = 100
 
 
-def make_notebook(cells: Iterable[Cell], *, forgotten: int = 0, key: str | None = None, version: str) -> dict[str, Any]:
+def make_notebook(
+    cells: Iterable[Cell | Marker], *, forgotten: int = 0, key: str | None = None, version: str
+) -> dict[str, Any]:
     """The cells as a notebook; `forgotten` earlier ones are no longer known, and it says so."""
     made: list[dict[str, Any]] = []
     if forgotten:
         made.append(_line(f"*{forgotten} earlier cells are no longer in the record.*"))
     for cell in cells:
+        if isinstance(cell, Marker):
+            made.append(_line(f"**{cell.text}**"))
+            continue
         if cell.result.restarted:
             made.append(_line("**A fresh kernel from here on:** the one before had died, and its variables with it."))
         made.append(_code(cell))
@@ -73,6 +79,7 @@ def _code(cell: Cell) -> dict[str, Any]:
         "outcome": outcome_name(outcome) if ran or outcome is not None else "waiting",
         "ran": ran,
         "state_kept": state_kept(outcome),
+        "rolled_back_to": outcome.rolled_back_to if isinstance(outcome, Ended) else None,
         "duration": round(result.duration, 6) if ran else None,
         "restarted": result.restarted,
         "message": None if result.ending is None else _text(result.ending),
