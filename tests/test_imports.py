@@ -50,7 +50,7 @@ FLOORS: tuple[set[str], ...] = (
     {"network"},
     {"clock", "errors", "shielded"},
 )
-assert sum(map(len, FLOORS)) == len(set().union(*FLOORS)), "a room is on two floors"
+assert sum(map(len, FLOORS)) == len(set[str]().union(*FLOORS)), "a room is on two floors"
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 # Rooms that may open fewer doors than their floor has.
