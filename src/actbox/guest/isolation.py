@@ -56,6 +56,7 @@ _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SIOCGIFFLAGS = 0x8913
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
+_RESOLVER = b"nameserver 127.0.0.1\n"
 
 _RLIMIT_MSGQUEUE = 12
 
@@ -175,9 +176,13 @@ def _hide_resolver() -> None:
             return
     except OSError:
         return
+    with contextlib.suppress(OSError), open(place, "rb") as file:
+        if file.read(len(_RESOLVER) + 1) == _RESOLVER:
+            # The host's engine has seen to it, and that file may be gone: nothing can be mounted there any more.
+            return
     ours = f"{NEW_ROOT}/.resolv.conf"
-    with open(ours, "w") as file:
-        file.write("nameserver 127.0.0.1\n")
+    with open(ours, "wb") as file:
+        file.write(_RESOLVER)
     _mount("/etc/resolv.conf", ours, place, None, MS_BIND, None)
     _readonly(place)
     os.unlink(ours)
