@@ -765,3 +765,18 @@ async def test_a_fork_that_nobody_fetches_is_closed(
 async def test_a_kernel_cannot_hand_out_tickets(remote: CodeExecutor) -> None:
     with pytest.raises(ProtocolError):
         await remote.execute(f"{FIND_STREAM}\nframe({{'type': 'branch', 'ticket': 'x', 'slot': 1}})", timeout=SECONDS)
+async def test_the_gateway_speaks_at_once_and_does_not_wait_to_fill_a_packet(
+    container: CodeExecutionContainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepted: list[socket.socket] = []
+    over = gateway.Link.over
+
+    async def noting(sock: socket.socket, *bound: int) -> gateway.Link:
+        if sock.family == socket.AF_INET:
+            accepted.append(sock)
+        return await over(sock, *bound)
+
+    monkeypatch.setattr(gateway.Link, "over", noting)
+    async with ExecutionClient(container.port, BY_THE_PORT, token=container.token) as client:
+        assert await text_of(client, "print(1)") == "1"
+        assert [sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for sock in accepted] == [1]

@@ -452,7 +452,9 @@ def _find_hierarchy() -> cgroups.Hierarchy | None:
 
 
 def _bind(port: int | None) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # With its protocol named: else asyncio leaves Nagle's algorithm on for what it accepts, and whatever is said in two
+    # frames waits 40 ms for the other side to acknowledge the first.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if port is not None:
             # A port whose last owner has just gone may be taken over; one that is listened on may not.
