@@ -765,6 +765,8 @@ async def test_a_fork_that_nobody_fetches_is_closed(
 async def test_a_kernel_cannot_hand_out_tickets(remote: CodeExecutor) -> None:
     with pytest.raises(ProtocolError):
         await remote.execute(f"{FIND_STREAM}\nframe({{'type': 'branch', 'ticket': 'x', 'slot': 1}})", timeout=SECONDS)
+
+
 async def test_the_gateway_speaks_at_once_and_does_not_wait_to_fill_a_packet(
     container: CodeExecutionContainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 The six names of `actbox.executor` are those of its ancestor; see the README for what differs.
 """
 
+from actbox.attached import AttachedClient, AttachedExecution
 from actbox.blocks import Block, ImageBlock, OutputPolicy, TextBlock, to_anthropic, to_openai
 from actbox.client import ExecutionClient
 from actbox.container import ExecutionContainer
@@ -21,6 +22,7 @@ from actbox.errors import (
     CheckpointMissing,
     ConnectionError,
     DotenvError,
+    DriveRefused,
     EnvironmentBuildError,
     EnvironmentNotFound,
     EnvironmentUnusable,
@@ -28,6 +30,7 @@ from actbox.errors import (
     ExecutionInterrupted,
     ExecutionLost,
     ExecutionTimeout,
+    ExecutionUnknown,
     ForkRefused,
     InvalidArgument,
     InvalidKey,
@@ -39,8 +42,10 @@ from actbox.errors import (
     ProtocolError,
     SandboxUnavailable,
     SessionBroken,
+    SessionGone,
     StateError,
     StateRefused,
+    StillRunning,
     TransferRefused,
     VariableMissing,
     VariableRefused,
@@ -57,6 +62,8 @@ from actbox.executor import (
 )
 from actbox.forks import Checkpoint
 from actbox.functions import Allow, CallLimits, Deny, FunctionCall
+from actbox.journal import Dropped
+from actbox.lines import Standing
 from actbox.logger import Logger
 from actbox.network import Network
 from actbox.outputs import Image, Output
@@ -72,6 +79,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ActboxError",
     "Allow",
+    "AttachedClient",
+    "AttachedExecution",
     "Block",
     "CallLimits",
     "CallRecord",
@@ -84,6 +93,8 @@ __all__ = [
     "ContainerInfo",
     "Deny",
     "DotenvError",
+    "DriveRefused",
+    "Dropped",
     "EnvironmentBuildError",
     "EnvironmentNotFound",
     "EnvironmentUnusable",
@@ -95,6 +106,7 @@ __all__ = [
     "ExecutionLost",
     "ExecutionResult",
     "ExecutionTimeout",
+    "ExecutionUnknown",
     "ForkRefused",
     "FunctionCall",
     "Image",
@@ -115,11 +127,14 @@ __all__ = [
     "ProtocolError",
     "SandboxUnavailable",
     "SessionBroken",
+    "SessionGone",
     "SessionState",
     "Skill",
     "SkillProblem",
+    "Standing",
     "StateError",
     "StateRefused",
+    "StillRunning",
     "TextBlock",
     "TransferRefused",
     "Variable",

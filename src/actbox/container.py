@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from actbox import cgroups, engines, sessions
+from actbox.client import ExecutionClient
 from actbox.errors import (
     ConnectionError,
     InvalidArgument,
@@ -24,6 +25,7 @@ from actbox.errors import (
 )
 from actbox.family import Family
 from actbox.gateway import Gateway
+from actbox.keeping import Keeper
 from actbox.local_session import LocalSession
 from actbox.network import Network
 from actbox.shielded import finish
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
     from actbox.egress import Record, Resolver
     from actbox.engines.base import Boundary, Engine
+    from actbox.keeping import Attachment
+    from actbox.lines import Wish
 
 logger = logging.getLogger(__name__)
 egress_logger = logging.getLogger("actbox.egress")
@@ -78,8 +82,8 @@ class ExecutionContainer:
         InvalidArgument: an argument that cannot be used; nothing was started.
 
     State: `_boundary` and `_supervision`, from `run` to `kill` (in a container of separate sandboxes there is none);
-    `_gateway`; `_sessions`, the open ones; `_refusal`, why every session gets a boundary of its own, if nobody asked
-    for that; `_engines`, those that may still be tried, one once it stands.
+    `_gateway`; `_sessions`, the open ones; `_keeper`, of the named ones; `_refusal`, why every session gets a boundary
+    of its own, if nobody asked for that; `_engines`, those that may still be tried, one once it stands.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class ExecutionContainer:
         self._supervision: Supervision | None = None
         self._gateway: Gateway | None = None
         self._sessions: set[LocalSession] = set()
+        self._keeper = Keeper(self.make_client)
         self._refusal: NestingRefused | None = None
         self._hierarchy: cgroups.Hierarchy | None = None
         self._state = "new"
@@ -259,6 +264,8 @@ class ExecutionContainer:
             if self._gateway is not None:
                 with contextlib.suppress(StateError):
                     sessions.close_door(self._gateway.port, self)
+                # While the port is still there, so that attached clients hear of it.
+                await self._keeper.close()
                 await self._gateway.close()
             for session in list(self._sessions):
                 session.container_gone()
@@ -295,6 +302,12 @@ class ExecutionContainer:
         """Make the host folders of a session's key that are missing."""
         raise InvalidArgument("key", key, "this container has no workspace: use CodeExecutionContainer")
 
+    def make_client(self, key: str | None) -> ExecutionClient:
+        """A client for a named session that is kept here; not connected."""
+        if key is not None:
+            raise InvalidArgument("key", key, "this container has no workspace: use CodeExecutionContainer")
+        return ExecutionClient(self.port)
+
     # -- sessions ------------------------------------------------------------------------------------------------
 
     async def open_session(self, key: str | None) -> sessions.Session:
@@ -327,6 +340,17 @@ class ExecutionContainer:
             await session.close()
             raise
         return session
+
+    async def attach(self, wish: Wish) -> Attachment:
+        """A client's place in a named session; called by `AttachedClient` through the door, or by the gateway."""
+        if self._state != "running":
+            raise ConnectionError(f"the container is {self._state}")
+        return await self._keeper.attach(wish)
+
+    @property
+    def kept_sessions(self) -> tuple[str, ...]:
+        """The names of the sessions that are kept for `AttachedClient`, with or without one at present."""
+        return self._keeper.names
 
     def _make_group(self) -> cgroups.Group | None:
         """A control group for a session. A Docker engine has its own around the whole container."""

@@ -7,6 +7,7 @@
     │   ├── InvalidKey                        an executor key outside the grammar
     │   └── DotenvError                       a .env file that is missing or malformed
     ├── StateError (RuntimeError)             used before start, after close, or twice
+    │   └── DriveRefused                      another client drives this session, or this one only watches
     ├── WorkspaceError (OSError)              a workspace path that is unusable or unsafe
     ├── LocalPathError (OSError)              a file or folder on the host that cannot be transferred, or written
     │   └── LocalPathMissing (FileNotFoundError)
@@ -16,13 +17,16 @@
     ├── EnvironmentBuildError                 `actbox build` failed
     ├── PortInUse (OSError)                   the TCP port asked for is taken
     ├── ConnectionError (ConnectionError)     no session could be had, or the link to it is gone
-    │   └── ExecutionLost                     the container is gone; unknown whether the cell ran
+    │   ├── ExecutionLost                     the container is gone; unknown whether the cell ran
+    │   └── SessionGone                       a named session that is not, or no longer, kept
     ├── ProtocolError                         the guest broke the rules of the wire
     ├── TransferRefused                       a path inside, or what came from it, that cannot be transferred
     ├── VariableRefused                       a variable that cannot be moved: says why, and what can be
     │   ├── VariableMissing (LookupError)     there is none of this name
     │   └── VariableUnsupported (TypeError)   a type that does not travel
     ├── StateRefused                          a session's state that cannot be saved or restored: says why
+    ├── ExecutionUnknown (KeyError)           no execution of this id is kept
+    ├── StillRunning (TimeoutError)           the wait is over, the cell is not
     ├── ExecutionTimeout (TimeoutError)       a cell outlived its time; says whether the state was kept
     └── ExecutionError                        the cell ended badly
         ├── LimitExceeded                     the session went over one of its limits: which, and by how much
@@ -50,6 +54,7 @@ __all__ = [
     "ActboxError",
     "ConnectionError",
     "DotenvError",
+    "DriveRefused",
     "EnvironmentBuildError",
     "EnvironmentNotFound",
     "EnvironmentUnusable",
@@ -57,6 +62,7 @@ __all__ = [
     "ExecutionInterrupted",
     "ExecutionLost",
     "ExecutionTimeout",
+    "ExecutionUnknown",
     "InvalidArgument",
     "InvalidKey",
     "KernelDied",
@@ -66,8 +72,10 @@ __all__ = [
     "PortInUse",
     "ProtocolError",
     "SandboxUnavailable",
+    "SessionGone",
     "StateError",
     "StateRefused",
+    "StillRunning",
     "TransferRefused",
     "VariableMissing",
     "VariableRefused",
@@ -119,6 +127,14 @@ class DotenvError(InvalidArgument):
 
 class StateError(ActboxError, RuntimeError):
     """An object used before it was started, after it was closed, or started twice."""
+
+
+class DriveRefused(StateError):
+    """Only the client that drives a kept session may do this; `reason` says why it is not this one, and the remedy."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
 
 
 class WorkspaceError(ActboxError, OSError):
@@ -216,6 +232,15 @@ class ExecutionLost(ConnectionError):
         super().__init__(message)
 
 
+class SessionGone(ConnectionError):
+    """There is no kept session of this name, or no longer: `name`, and `reason`, which says what became of it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self.reason = reason
+        super().__init__(f"the session {shown(name)} is not kept: {reason}")
+
+
 class ProtocolError(ActboxError):
     """The guest sent something outside the wire's rules. Its session was ended; no other is touched."""
 
@@ -302,6 +327,27 @@ class StateRefused(ActboxError):
         self.path = path
         self.reason = reason
         super().__init__(f"{shown(str(path))}: {reason}")
+
+
+class ExecutionUnknown(ActboxError, KeyError):
+    """A kept session has no execution of this `id`: nobody submitted it, or its record was dropped since (`reason`)."""
+
+    def __init__(self, id: str, reason: str) -> None:  # noqa: A002 - what it is
+        self.id = id
+        self.reason = reason
+        super().__init__(f"the execution {shown(id)} cannot be had: {reason}")
+
+    def __str__(self) -> str:
+        # A KeyError shows its message in quotes.
+        return str(self.args[0])
+
+
+class StillRunning(ActboxError, builtins.TimeoutError):
+    """A cell of a kept session has not ended within `timeout` seconds of waiting. It goes on; ask again."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        super().__init__(f"the cell has not ended within {timeout:g} s; it goes on, and its result can be had later")
 
 
 class ExecutionTimeout(ActboxError, builtins.TimeoutError):

@@ -11,6 +11,7 @@ import logging
 import math
 from collections import deque
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -30,7 +31,6 @@ from actbox.events import (
     CallRecord,
     Died,
     DisplayData,
-    Error,
     Event,
     Exceeded,
     ExecuteResult,
@@ -43,11 +43,10 @@ from actbox.events import (
     Overrun,
     Stream,
     TimedOut,
-    UpdateDisplayData,
 )
 from actbox.files import looks_like
 from actbox.outputs import Image, image_types, strip_ansi
-from actbox.result import ExecutionResult, Fold, bundle_size
+from actbox.result import ExecutionResult, Fold, event_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
@@ -157,54 +156,11 @@ class Execution:
     @property
     def error(self) -> ActboxError | None:
         """The exception that `result` raises for how the cell ended, without its `result`; None if for none."""
-        if self._outcome is None or isinstance(self._outcome, Finished):
-            return None
-        text = None if self._fold is None else self._fold.text()
-        what = "cell" if self.transfer is None else "transfer"
-        match self._outcome:
-            case Failed(error):
-                return ExecutionError(
-                    f"{error.name}: {error.value}",
-                    strip_ansi(error.traceback),
-                    name=error.name,
-                    value=error.value,
-                    colored_trace=error.traceback,
-                    text=text,
-                )
-            case Interrupted(state_kept, error, _, back):
-                trace = strip_ansi(error.traceback) if error else None
-                return ExecutionInterrupted(
-                    state_kept=state_kept, trace=trace, text=text, what=what, rolled_back_to=back
-                )
-            case TimedOut(timeout, state_kept, started, back):
-                return ExecutionTimeout(
-                    timeout, state_kept=state_kept, started=started, text=text, what=what, rolled_back_to=back
-                )
-            case Exceeded(overrun, state_kept, error, back):
-                return LimitExceeded(
-                    overrun.limit,
-                    overrun.bound,
-                    overrun.use,
-                    state_kept=state_kept,
-                    trace=strip_ansi(error.traceback) if error else None,
-                    name=error.name if error else None,
-                    value=error.value if error else None,
-                    text=text,
-                    rolled_back_to=back,
-                )
-            case Died(signal, exit_code, reason, memory_limit, back):
-                return KernelDied(
-                    signal=signal,
-                    exit_code=exit_code,
-                    reason=reason,
-                    memory_limit=memory_limit,
-                    text=text,
-                    rolled_back_to=back,
-                )
-            case Lost(reason, violation):
-                if violation:
-                    return ProtocolError(reason)
-                return ExecutionLost(f"{reason}: it is unknown whether the {what} had its effects", text=text)
+        return ending(self._outcome, None if self._fold is None else self._fold.text(), self._what)
+
+    @property
+    def _what(self) -> str:
+        return "cell" if self.transfer is None else "transfer"
 
     @property
     def restarted(self) -> bool:
@@ -309,7 +265,7 @@ class Execution:
         if not isinstance(event, Stream):
             # Frames that are at hand are taken without a pause: costly ones must leave the loop to others too.
             await asyncio.sleep(0)
-        size = _backlog_size(event)
+        size = event_size(event)
         full = self._events_size + size > _BACKLOG_BYTES or len(self._events) >= _BACKLOG_EVENTS
         if full and (not self._readers or self._released):
             self._unread_bytes += size
@@ -414,12 +370,12 @@ class Execution:
 
     def _give_event(self, event: Event) -> None:
         self._events.append(event)
-        self._events_size += _backlog_size(event)
+        self._events_size += event_size(event)
         self._notify()
 
     def _take_event(self) -> Event:
         event = self._events.popleft()
-        self._events_size -= _backlog_size(event)
+        self._events_size -= event_size(event)
         if self._events_size < _BACKLOG_BYTES // 2:
             self._make_room()
         return event
@@ -450,24 +406,64 @@ class Execution:
         return chunk
 
     def _conclude(self) -> ExecutionResult:
-        result, error = self.so_far(), self.error
-        if error is None:
-            return result
-        error.result = result
-        raise error
+        return conclude(self._outcome, self.so_far(), self._what)
 
 
-def _backlog_size(event: Event) -> int:
-    """What an event that waits for its reader counts, in bytes or so."""
-    match event:
-        case Stream(_, text):
-            return len(text)
-        case DisplayData() | ExecuteResult() | UpdateDisplayData():
-            return 1024 + bundle_size(event.data, event.metadata)
-        case Error(_, value, trace):
-            return len(value) + len(trace)
-        case _:
-            return 64
+def conclude(outcome: Outcome | None, result: ExecutionResult, what: str = "cell") -> ExecutionResult:
+    """The result of a cell or transfer that ended well; else what `Execution.result` raises is raised."""
+    error = ending(outcome, result.text, what)
+    if error is None:
+        return result
+    error.result = result if result.ending is not None else replace(result, ending=str(error))
+    raise error
+
+
+def ending(outcome: Outcome | None, text: str | None, what: str) -> ActboxError | None:
+    """The exception for how a cell or transfer ended; None if well, or not yet."""
+    match outcome:
+        case None | Finished():
+            return None
+        case Failed(error):
+            return ExecutionError(
+                f"{error.name}: {error.value}",
+                strip_ansi(error.traceback),
+                name=error.name,
+                value=error.value,
+                colored_trace=error.traceback,
+                text=text,
+            )
+        case Interrupted(state_kept, error, _, back):
+            trace = strip_ansi(error.traceback) if error else None
+            return ExecutionInterrupted(state_kept=state_kept, trace=trace, text=text, what=what, rolled_back_to=back)
+        case TimedOut(timeout, state_kept, started, back):
+            return ExecutionTimeout(
+                timeout, state_kept=state_kept, started=started, text=text, what=what, rolled_back_to=back
+            )
+        case Exceeded(overrun, state_kept, error, back):
+            return LimitExceeded(
+                overrun.limit,
+                overrun.bound,
+                overrun.use,
+                state_kept=state_kept,
+                trace=strip_ansi(error.traceback) if error else None,
+                name=error.name if error else None,
+                value=error.value if error else None,
+                text=text,
+                rolled_back_to=back,
+            )
+        case Died(signal, exit_code, reason, memory_limit, back):
+            return KernelDied(
+                signal=signal,
+                exit_code=exit_code,
+                reason=reason,
+                memory_limit=memory_limit,
+                text=text,
+                rolled_back_to=back,
+            )
+        case Lost(reason, violation):
+            if violation:
+                return ProtocolError(reason)
+            return ExecutionLost(f"{reason}: it is unknown whether the {what} had its effects", text=text)
 
 
 def check_timeout(timeout: object) -> None:

@@ -121,6 +121,10 @@ class CodeExecutionContainer(ExecutionContainer):
         """See `ExecutionContainer.prepare_key`."""
         self._workspace.prepare_key(key)
 
+    def make_client(self, key: str | None) -> ExecutionClient:
+        """See `ExecutionContainer.make_client`."""
+        return ExecutionClient(self.port) if key is None else CodeExecutor(key, self._workspace, self.port)
+
 
 class CodeExecutor(ExecutionClient):
     """An `ExecutionClient` with a key: skills, a working directory and a folder of images of its own.

@@ -15,6 +15,7 @@ import secrets
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
+from actbox import desk, dialogue
 from actbox.errors import ActboxError, ConnectionError, ProtocolError
 from actbox.link import Link
 from actbox.protocol import frames
@@ -119,6 +120,9 @@ class Gateway:
                 await link.close_gracefully()
                 return
             link.allow(frames.MAX_PAYLOAD)
+            if "attach" in hello.header:
+                await self._attend(link, hello.header)
+                return
             try:
                 session = await self._session_for(hello.header)
             except ActboxError as exc:
@@ -133,6 +137,17 @@ class Gateway:
             if not known:
                 self._strangers -= 1
             link.close()
+
+    async def _attend(self, link: Link, hello: dict[str, Any]) -> None:
+        """Serve a client that would be attached to a named session."""
+        try:
+            line = await self._door.attach(dialogue.read_wish(hello))
+        except ActboxError as exc:
+            refusal = dialogue.refusal_frame(exc)
+            await link.send(refusal.header)
+            await link.close_gracefully()
+            return
+        await desk.serve(link, line)
 
     async def _session_for(self, hello: dict[str, Any]) -> Session:
         ticket = hello.get("ticket")

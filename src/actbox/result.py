@@ -350,3 +350,16 @@ def _content_size(value: object) -> int:
     # Of an empty list the two letters are the least.
     text = repr(value)
     return len(text) + _OVERHEAD * sum(map(text.count, ",[{"))
+
+
+def event_size(event: Event) -> int:
+    """What an event counts where it waits for a reader, in bytes or so."""
+    match event:
+        case Stream(_, text):
+            return len(text)
+        case DisplayData() | ExecuteResult() | UpdateDisplayData():
+            return 1024 + bundle_size(event.data, event.metadata)
+        case Error(_, value, trace):
+            return len(value) + len(trace)
+        case _:
+            return 64

@@ -21,6 +21,7 @@ from actbox.spec import Limits
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from actbox.lines import Line, Wish
     from actbox.protocol.frames import Frame
 
 READY_SECONDS = 60.0
@@ -109,6 +110,10 @@ class Door(Protocol):
         """A session in a fresh kernel that is ready for cells."""
         ...
 
+    async def attach(self, wish: Wish) -> Line:
+        """A client's place in a named session. Raises as `Keeper.attach`."""
+        ...
+
 
 _doors: dict[int, Door] = {}
 
@@ -124,6 +129,11 @@ def close_door(port: int, door: Door) -> None:
         del _doors[port]
 
 
+def find_door(port: int, host: str) -> Door | None:
+    """The door of a container of this process; None if it has none with this port."""
+    return _doors.get(port) if host in ("localhost", "127.0.0.1", "::1") else None
+
+
 async def connect(port: int, host: str, *, key: str | None, token: str | None, heartbeat: float) -> Session:
     """A session at the container of this port.
 
@@ -131,7 +141,7 @@ async def connect(port: int, host: str, *, key: str | None, token: str | None, h
         ConnectionError: nothing answers there, the token is wrong or missing, or the session cannot be made.
         SandboxUnavailable: the session's boundary cannot be built.
     """
-    door = _doors.get(port) if host in ("localhost", "127.0.0.1", "::1") else None
+    door = find_door(port, host)
     if door is not None:
         return await door.open_session(key)
     return await _connect_tcp(port, host, key=key, token=token, heartbeat=heartbeat)

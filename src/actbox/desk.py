@@ -1,0 +1,89 @@
+"""A gateway's side of a line over TCP: answers the requests of one attached client, each by itself, until it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from actbox import dialogue
+from actbox.errors import ActboxError, ProtocolError
+from actbox.protocol.frames import Frame
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from actbox.dialogue import Request
+    from actbox.lines import Line
+    from actbox.link import Link
+
+# A client gives a sign of life every ten seconds or so; one that does not is gone, though its connection is not.
+IDLE_SECONDS = 90.0
+# Requests of one client that may wait for their answers.
+_MOST = 256
+
+
+async def serve(link: Link, line: Line) -> None:
+    """Answer a client until it leaves, is cut off, or breaks the rules; then it is detached."""
+    answering: dict[int, asyncio.Task[None]] = {}
+    try:
+        await link.send({"type": "welcome", "incarnation": line.incarnation})
+        while True:
+            async with asyncio.timeout(IDLE_SECONDS):
+                frame = await link.receive()
+            match frame.header if frame is not None else None:
+                case None | {"type": "leave"}:
+                    return
+                case {"type": "ping"}:
+                    await link.send({"type": "pong"})
+                case _:
+                    assert frame is not None  # noqa: S101 - for the types
+                    _begin(link, line, dialogue.read_request(frame), answering)
+    finally:
+        tasks = list(answering.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        await line.leave()
+
+
+def _begin(link: Link, line: Line, request: Request, answering: dict[int, asyncio.Task[None]]) -> None:
+    if request.kind == "forget":
+        task = answering.get(request.number)
+        if task is not None:
+            task.cancel()
+        return
+    if request.number in answering or len(answering) >= _MOST:
+        raise ProtocolError("a client that asks for too much at once")
+    task = asyncio.create_task(_answer(link, line, request))
+    answering[request.number] = task
+    task.add_done_callback(lambda _: answering.pop(request.number, None))
+
+
+async def _answer(link: Link, line: Line, request: Request) -> None:
+    # A client that is gone is noticed where it is read.
+    with suppress(OSError):
+        try:
+            answer = await _ask(line, request)
+        except ActboxError as exc:
+            answer = [dialogue.refusal_frame(exc)]
+        for frame in answer:
+            await link.send({**frame.header, "re": request.number}, frame.payload)
+
+
+async def _ask(line: Line, request: Request) -> Iterable[Frame]:
+    match request.kind:
+        case "read":
+            return dialogue.page_frames(await line.read(request.execution, request.after))
+        case "result":
+            return dialogue.ending_frames(await line.result(request.execution))
+        case "executions":
+            return [dialogue.standings_frame(await line.executions())]
+        case "submit":
+            await line.submit(request.execution, request.code, request.timeout)
+        case "interrupt":
+            await line.interrupt(request.execution)
+        case _:
+            await line.end()
+    return [Frame({"type": "done"}, b"")]
