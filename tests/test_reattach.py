@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
+from sandboxes import supervisors
 
 from actbox import (
     AttachedClient,
@@ -31,9 +33,10 @@ from actbox import (
     SessionGone,
     StateError,
     StillRunning,
+    desk,
     keeping,
 )
-from actbox.events import Finished, KernelRestarted, Stream
+from actbox.events import Finished, KernelRestarted, Lost, Stream
 from actbox.journal import Journal
 from actbox.protocol import frames
 
@@ -64,7 +67,8 @@ class Relay:
     """A port in front of a container's that cuts connections.
 
     `toward` a side ("gateway" or "client") only `left` more bytes are let through; then both sides are cut, once, or
-    with `every` the same again for each connection. State: `passed`, how many bytes went each way.
+    with `every` the same again for each connection. While there were fewer than `mute_until` connections nothing gets
+    through, and nobody is told. State: `passed`, how many bytes went each way.
     """
 
     def __init__(self, port: int) -> None:
@@ -77,6 +81,7 @@ class Relay:
         self.toward = ""
         self.left = 0
         self.every: int | None = None
+        self.mute_until = 0
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -114,6 +119,8 @@ class Relay:
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await source.read(1 << 16):
+                if self.connections < self.mute_until:
+                    continue
                 is_cut = side == self.toward and len(data) >= self.left
                 if side == self.toward:
                     data = data[: self.left]
@@ -544,6 +551,26 @@ async def test_a_container_that_closes_ends_its_sessions_and_says_so(engine: str
         assert "0 sessions" in repr(container)
 
 
+@pytest.mark.engines("bubblewrap")
+@pytest.mark.parametrize("host", ["localhost", BY_THE_PORT])
+async def test_a_sandbox_that_goes_is_told_of_as_to_a_plain_client(engine: str, host: str) -> None:
+    before = supervisors(os.getpid())
+    async with (
+        ExecutionContainer(engine=engine, preload=(), show_pull_progress=False) as container,
+        AttachedClient(container.port, "it", host=host, token=container.token) as client,
+    ):
+        execution = await client.submit(SLEEP)
+        async for _ in execution.events():
+            break
+        for pid in supervisors(os.getpid()) - before:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(ExecutionLost):
+            await asyncio.wait_for(execution.result(), BOUND)
+        assert execution.outcome == Lost("the container is gone")
+        with pytest.raises(ExecutionLost):
+            await client.execute("1")
+
+
 async def test_a_line_that_cannot_be_mended_is_given_up(container: CodeExecutionContainer, name: str) -> None:
     async with Relay(container.port) as relay:
         client = AttachedClient(relay.port, name, token=container.token, patience=0.2)
@@ -577,8 +604,8 @@ async def test_cut_at_any_byte_nothing_is_lost_or_doubled(
     async with Relay(container.port) as relay, AttachedClient(container.port, name) as watcher:
         await converse(relay.port, container, name, "talk 000")
         whole = dict(relay.passed)
-        points = range(1, whole[toward] + 1, max(1, whole[toward] // 110))
-        assert len(points) >= 110
+        points = range(1, whole[toward] + 1, max(1, whole[toward] // 220))
+        assert len(points) >= 220
         for run, point in enumerate(points, 1):
             connections = relay.connections
             relay.cut(toward, point)
@@ -635,6 +662,30 @@ async def test_a_long_replay_comes_through_though_every_connection_breaks(
                     relay.toward, relay.every = "", None
         assert found == await events_of(execution)
         assert relay.connections > 10
+
+
+async def test_a_connection_that_has_gone_silent_is_made_anew(container: CodeExecutionContainer, name: str) -> None:
+    async with Relay(container.port) as relay:
+        client = AttachedClient(relay.port, name, token=container.token, heartbeat_interval=0.05)
+        async with client:
+            execution = await client.submit("import time; time.sleep(0.1); print('heard')")
+            relay.mute_until = 2
+            assert (await asyncio.wait_for(execution.result(), BOUND)).text == "heard"
+            assert relay.connections == 2
+
+
+async def test_a_client_that_has_gone_silent_drives_no_longer(
+    container: CodeExecutionContainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "IDLE_SECONDS", 0.2)
+    async with Raw(container) as raw:
+        assert (await raw.receive() or {}).get("type") == "welcome"
+        with pytest.raises(DriveRefused):
+            async with AttachedClient(container.port, "raw"):
+                pass
+        assert await raw.receive() is None
+        async with AttachedClient(container.port, "raw") as client:
+            assert (await client.execute("1")).text == "1"
 
 
 async def test_who_was_cut_off_and_relieved_meanwhile_may_go_on_watching(

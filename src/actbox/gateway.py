@@ -3,6 +3,8 @@
 A kernel never gets the accepted socket itself. A TCP socket belongs to the host's network, and whoever holds one may
 disconnect it and connect it anew (`connect` with AF_UNSPEC), which would be a way out of the sandbox. So this is the
 one place with a hop more; a client in the container's own process does not come through here.
+
+A greeting that names a session is for one that is kept: from then on a `desk` answers that client.
 """
 
 from __future__ import annotations
