@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -208,6 +209,11 @@ async def nothing_is_left(container: CodeExecutionContainer) -> AsyncIterator[No
         async with AttachedClient(container.port, kept, take_over=True) as client:
             await client.end()
     await until(lambda: "0 sessions" in repr(container))
+
+
+def resident() -> int:
+    """The memory of this process, in bytes."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -464,16 +470,24 @@ async def test_records_are_dropped_for_newer_ones_and_their_cells_never_run_agai
 
 
 async def test_a_reader_who_does_not_read_holds_up_nobody(container: CodeExecutionContainer) -> None:
-    loud = b"for n in range(9): print('x' * 10**6)"
+    loud = b"display({'image/png': bytes(8 << 20)}, raw=True); print('x' * (2 << 20))"
     async with Raw(container) as slow:
         assert (await slow.receive() or {}).get("type") == "welcome"
         slow.send({"type": "submit", "n": 1, "execution": "loud", "timeout": BOUND}, loud)
         assert (await slow.receive() or {}).get("type") == "done"
-        for number in range(2, 200):
-            slow.send({"type": "read", "n": number, "execution": "loud", "after": 0})
         async with AttachedClient(container.port, "raw", drive=False) as watcher:
+            await watcher.execution("loud").result(BOUND)
+            before = resident()
+            for number in range(2, 200):
+                slow.send({"type": "read", "n": number, "execution": "loud", "after": 0})
+            # The answers to these come behind them, or would.
             result = await watcher.execution("loud").result(BOUND)
+            for _ in range(100):
+                await watcher.executions()
+                await asyncio.sleep(0)
             assert result.omitted_bytes > 0
+            # Of 200 answers with 8 MiB each.
+            assert resident() - before < 100 << 20
     async with asyncio.timeout(BOUND), AttachedClient(container.port, "raw", take_over=True) as client:
         assert (await client.execute("1")).text == "1"
 

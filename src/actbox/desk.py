@@ -26,6 +26,7 @@ _MOST = 256
 async def serve(link: Link, line: Line) -> None:
     """Answer a client until it leaves, is cut off, or breaks the rules; then it is detached."""
     answering: dict[int, asyncio.Task[None]] = {}
+    speaking = asyncio.Lock()
     try:
         await link.send({"type": "welcome", "incarnation": line.incarnation})
         while True:
@@ -38,7 +39,7 @@ async def serve(link: Link, line: Line) -> None:
                     await link.send({"type": "pong"})
                 case _:
                     assert frame is not None  # noqa: S101 - for the types
-                    _begin(link, line, dialogue.read_request(frame), answering)
+                    _begin(link, line, dialogue.read_request(frame), answering, speaking)
     finally:
         tasks = list(answering.values())
         for task in tasks:
@@ -48,7 +49,9 @@ async def serve(link: Link, line: Line) -> None:
         await line.leave()
 
 
-def _begin(link: Link, line: Line, request: Request, answering: dict[int, asyncio.Task[None]]) -> None:
+def _begin(
+    link: Link, line: Line, request: Request, answering: dict[int, asyncio.Task[None]], speaking: asyncio.Lock
+) -> None:
     if request.kind == "forget":
         task = answering.get(request.number)
         if task is not None:
@@ -56,20 +59,26 @@ def _begin(link: Link, line: Line, request: Request, answering: dict[int, asynci
         return
     if request.number in answering or len(answering) >= _MOST:
         raise ProtocolError("a client that asks for too much at once")
-    task = asyncio.create_task(_answer(link, line, request))
+    task = asyncio.create_task(_answer(link, line, request, speaking))
     answering[request.number] = task
     task.add_done_callback(lambda _: answering.pop(request.number, None))
 
 
-async def _answer(link: Link, line: Line, request: Request) -> None:
+async def _answer(link: Link, line: Line, request: Request, speaking: asyncio.Lock) -> None:
     # A client that is gone is noticed where it is read.
     with suppress(OSError):
         try:
             answer = await _ask(line, request)
         except ActboxError as exc:
             answer = [dialogue.refusal_frame(exc)]
-        for frame in answer:
-            await link.send({**frame.header, "re": request.number}, frame.payload)
+        frames = iter(answer)
+        while True:
+            # One frame at a time is made for a client, so that one who does not read costs no more than that.
+            async with speaking:
+                frame = next(frames, None)
+                if frame is None:
+                    return
+                await link.send({**frame.header, "re": request.number}, frame.payload)
 
 
 async def _ask(line: Line, request: Request) -> Iterable[Frame]:

@@ -337,10 +337,10 @@ def _frame_of(kind: str, event: Event, more: dict[str, Any]) -> Frame | None:
         inner = event_frame(event)
         frame = Frame({"type": kind, "event": inner.header, **more}, inner.payload)
         # Room for the number of the request, which comes later.
-        frames.encode({**frame.header, "re": _MOST}, frame.payload)
+        frames.encode({**frame.header, "re": _MOST})
     except (frames.FrameError, ValueError, RecursionError):
         return None
-    return frame
+    return frame if len(frame.payload) <= frames.MAX_PAYLOAD else None
 
 
 def _count(header: dict[str, Any], field: str) -> int:
