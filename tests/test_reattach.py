@@ -118,22 +118,24 @@ class Relay:
         side: str,
         both: tuple[asyncio.StreamWriter, ...],
     ) -> None:
-        with contextlib.suppress(OSError):
-            while data := await source.read(1 << 16):
-                if self.connections < self.mute_until:
-                    continue
-                is_cut = side == self.toward and len(data) >= self.left
-                if side == self.toward:
-                    data = data[: self.left]
-                    self.left -= len(data)
-                self.passed[side] += len(data)
-                sink.write(data)
-                await sink.drain()
-                if is_cut:
-                    self.toward = "" if self.every is None else self.toward
-                    break
-        for writer in both:
-            writer.close()
+        try:
+            with contextlib.suppress(OSError):
+                while data := await source.read(1 << 16):
+                    if self.connections < self.mute_until:
+                        continue
+                    is_cut = side == self.toward and len(data) >= self.left
+                    if side == self.toward:
+                        data = data[: self.left]
+                        self.left -= len(data)
+                    self.passed[side] += len(data)
+                    sink.write(data)
+                    await sink.drain()
+                    if is_cut:
+                        self.toward = "" if self.every is None else self.toward
+                        break
+        finally:
+            for writer in both:
+                writer.close()
 
 
 class Raw:
