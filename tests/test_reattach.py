@@ -242,9 +242,14 @@ async def outcome_of(result: Coroutine[Any, Any, ExecutionResult]) -> Any:
 
 
 def without_traces(told: Any) -> Any:
-    """An exception's type, message and fields; traces name the cell by its number."""
+    """An exception's type, message and fields; traces name the cell by its number, and no two take the same time."""
     kind, message, fields = told
-    return kind, message, {name: value for name, value in fields.items() if "trace" not in name}
+    kept = {name: value for name, value in fields.items() if "trace" not in name}
+    result = kept.pop("result", None)
+    if result is not None:
+        outputs = [replace(output, trace=None) for output in result.outputs]
+        kept["result"] = replace(result, outputs=outputs, duration=0.0, _keep_text=None)
+    return kind, message, kept
 
 
 # -- leaving and coming back -----------------------------------------------------------------------------------------
