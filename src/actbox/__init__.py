@@ -38,6 +38,8 @@ from actbox.errors import (
     LimitExceeded,
     LocalPathError,
     LocalPathMissing,
+    McpServerError,
+    McpServerTimeout,
     PortInUse,
     ProtocolError,
     SandboxUnavailable,
@@ -65,6 +67,7 @@ from actbox.functions import Allow, CallLimits, Deny, FunctionCall
 from actbox.journal import Dropped
 from actbox.lines import Standing
 from actbox.logger import Logger
+from actbox.mcp import McpMount
 from actbox.network import Network
 from actbox.outputs import Image, Output
 from actbox.result import ExecutionResult
@@ -120,6 +123,9 @@ __all__ = [
     "LocalPathError",
     "LocalPathMissing",
     "Logger",
+    "McpMount",
+    "McpServerError",
+    "McpServerTimeout",
     "Network",
     "Output",
     "OutputPolicy",

@@ -39,7 +39,8 @@ from actbox.events import (
 )
 from actbox.execution import Execution, check_timeout
 from actbox.forks import Checkpoint, Checkpoints, Copy, Files, Step, ask, copy_of
-from actbox.functions import CellCalls, HostFunctions, is_budget
+from actbox.functions import CellCalls, is_budget
+from actbox.mcp import McpServers
 from actbox.protocol import frames, messages
 from actbox.saving import Saving
 from actbox.sessions import read_overrun
@@ -80,7 +81,7 @@ class _Stop:
     timer: asyncio.TimerHandle | None = None
 
 
-class ExecutionClient(FileTransfers, Variables, Saving, HostFunctions):
+class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
     """A stateful IPython session in a running container: made on entering the context, destroyed on leaving it.
 
     Cells and transfers of files run in the order in which they were submitted. One client belongs to one event loop;
@@ -176,6 +177,7 @@ class ExecutionClient(FileTransfers, Variables, Saving, HostFunctions):
         if session is not None:
             await session.close()
         await self._checkpoints.close()
+        await self.close_servers()
         while self._queue:
             waiting = self._queue.popleft()
             if isinstance(waiting, Step):

@@ -20,6 +20,8 @@
     │   ├── ExecutionLost                     the container is gone; unknown whether the cell ran
     │   └── SessionGone                       a named session that is not, or no longer, kept
     ├── ProtocolError                         the guest broke the rules of the wire
+    ├── McpServerError                        an MCP server that cannot be started, reached or used
+    │   └── McpServerTimeout (TimeoutError)   it did not answer in time
     ├── TransferRefused                       a path inside, or what came from it, that cannot be transferred
     ├── VariableRefused                       a variable that cannot be moved: says why, and what can be
     │   ├── VariableMissing (LookupError)     there is none of this name
@@ -35,8 +37,9 @@
 
 Whose fault it is can be read from the branch: the caller's (`InvalidArgument`, `StateError`, `WorkspaceError`,
 `LocalPathError`, `EnvironmentNotFound`, `EnvironmentUnusable`, `PortInUse`), the machine's (`SandboxUnavailable`,
-`EnvironmentBuildError`, `ConnectionError`), the guest's (`ProtocolError`, `TransferRefused`, `VariableRefused`,
-`StateRefused`, `ExecutionTimeout`, `ExecutionError`). Facts are fields, prose is `str()`.
+`EnvironmentBuildError`, `ConnectionError`), another program's (`McpServerError`), the guest's (`ProtocolError`,
+`TransferRefused`, `VariableRefused`, `StateRefused`, `ExecutionTimeout`, `ExecutionError`). Facts are fields,
+prose is `str()`.
 
 This module imports nothing of actbox.
 """
@@ -69,6 +72,8 @@ __all__ = [
     "LimitExceeded",
     "LocalPathError",
     "LocalPathMissing",
+    "McpServerError",
+    "McpServerTimeout",
     "PortInUse",
     "ProtocolError",
     "SandboxUnavailable",
@@ -243,6 +248,26 @@ class SessionGone(ConnectionError):
 
 class ProtocolError(ActboxError):
     """The guest sent something outside the wire's rules. Its session was ended; no other is touched."""
+
+
+class McpServerError(ActboxError):
+    """An MCP server that was not mounted: it cannot be started or reached, or has no tool that can be used.
+
+    `name` is what it was to be called, `reason` why; that may quote the server.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self.reason = reason
+        super().__init__(f"the MCP server {shown(name)} was not mounted: {reason}")
+
+
+class McpServerTimeout(McpServerError, builtins.TimeoutError):
+    """It did not answer within `timeout` seconds; what was started of it was ended."""
+
+    def __init__(self, name: str, timeout: float) -> None:
+        self.timeout = timeout
+        super().__init__(name, f"it did not answer within {timeout:g} s")
 
 
 class TransferRefused(ActboxError):

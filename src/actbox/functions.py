@@ -18,9 +18,9 @@ import keyword
 import logging
 import threading
 import typing
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from actbox import values
 from actbox.errors import InvalidArgument, ProtocolError
@@ -45,6 +45,8 @@ _CLOSE_SECONDS = 1.0
 # Calls of a cell beyond its budget that are still answered. The kernel's own side stops at the first.
 _FLOOD = 1000
 _BUDGET_ERROR = "CallBudgetExceeded"
+# The name under which the kernel's side has a class for it.
+TOOL_ERROR = "mcptools.ToolError"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,47 @@ Decision = bool | Allow | Deny
 Approve = Callable[[FunctionCall], Decision | Awaitable[Decision]]
 
 
+class Bound(Protocol):
+    """Arguments that were checked: by parameter, for who approves, and as they are passed."""
+
+    @property
+    def arguments(self) -> Mapping[str, Any]: ...
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+    @property
+    def kwargs(self) -> dict[str, Any]: ...
+
+
+class Callee(Protocol):
+    """What a session may call: `name` is what a call says, `told` what the session is told of it.
+
+    One with a `module`, a name and a text, is in that module of `mcptools` inside, the others in the namespace.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def approve(self) -> Approve | None: ...
+    @property
+    def told(self) -> dict[str, Any]: ...
+    @property
+    def call(self) -> Callable[..., Any]: ...
+    @property
+    def module(self) -> tuple[str, str] | None: ...
+
+    def bind(self, args: list[Any], kwargs: dict[str, Any]) -> Bound:
+        """The session's arguments, checked. Raises TypeError."""
+        ...
+
+    def rebind(self, arguments: Mapping[str, Any]) -> Bound:
+        """The approver's arguments, checked. Raises TypeError."""
+        ...
+
+    def pack(self, result: Any) -> bytes:
+        """The result as it travels."""
+        ...
+
+
 class _NotCalled(Exception):
     """The function is not called; `status` is what the session is told, `verdict` what is recorded."""
 
@@ -102,6 +145,10 @@ class _NotCalled(Exception):
         self.status = status
         self.verdict: Literal["denied", "refused"] = verdict
         super().__init__(message)
+
+
+class ToolError(Exception):
+    """A tool of a server failed, or its server did: `mcptools.ToolError` inside, with this message."""
 
 
 class _Raised(Exception):
@@ -144,7 +191,7 @@ class HostFunctions:
             InvalidArgument: a function or name that cannot be used, or pydantic is missing; nothing was registered.
         """
         registry = self._registry or Registry()
-        made: list[_Function] = []
+        made: list[Callee] = []
         for name, function in [*((getattr(each, "__name__", ""), each) for each in functions), *named.items()]:
             made.append(_make(name, function, approve))
         registry.add(made, limits)
@@ -154,13 +201,15 @@ class HostFunctions:
 class Registry:
     """What a client has registered.
 
-    State: the functions and limits; `_version`, counted up with each change, and what was told (`_told`) to whom
-    (`_session`); `_calls`, how many there were, whatever became of the kernels that called; `_at_work`, how many
-    functions run, in a thread that was abandoned too; `_tasks`.
+    State: the functions and limits; `servers`, what some of them need, and is closed with the client. `_version`,
+    counted up with each change, and what was told (`_told`) to whom (`_session`); `_calls`, how many there were,
+    whatever became of the kernels that called; `_at_work`, how many functions run, in a thread that was abandoned too;
+    `_tasks`.
     """
 
     def __init__(self) -> None:
-        self.functions: dict[str, _Function] = {}
+        self.functions: dict[str, Callee] = {}
+        self.servers: dict[str, Any] = {}
         self.limits = CallLimits()
         self.tasks: set[asyncio.Task[None]] = set()
         self.at_work = 0
@@ -169,18 +218,25 @@ class Registry:
         self._session: Session | None = None
         self._calls = 0
 
-    def add(self, functions: list[_Function], limits: CallLimits | None) -> None:
+    def add(self, functions: Iterable[Callee], limits: CallLimits | None) -> None:
         """Register these, in the place of others of their names."""
         self.functions.update({function.name: function for function in functions})
         self.limits = limits or self.limits
         self._version += 1
 
     def branch(self) -> Registry:
-        """The same functions for a copy of the session, which has as many calls left."""
+        """The same functions for a copy of the session, which has as many calls left; servers stay with the first."""
         made = Registry()
         made.functions.update(self.functions)
         made.limits, made._calls = self.limits, self._calls
         return made
+
+    def replace(self, module: str, functions: Iterable[Callee]) -> None:
+        """Let these be all that there is in a module; without any there is none."""
+        for name, function in list(self.functions.items()):
+            if function.module is not None and function.module[0] == module:
+                del self.functions[name]
+        self.add(functions, None)
 
     async def announce(self, session: Session) -> None:
         """Tell a kernel that is about to get a cell, unless it knows."""
@@ -188,7 +244,15 @@ class Registry:
             self._session, self._told = session, -1
         if self._told != self._version:
             self._told = self._version
-            told = json.dumps([function.told for function in self.functions.values()]).encode()
+            modules: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+            plain: list[dict[str, Any]] = []
+            for function in self.functions.values():
+                if function.module is None:
+                    plain.append(function.told)
+                else:
+                    module, doc = function.module
+                    modules.setdefault(module, (doc, []))[1].append(function.told)
+            told = json.dumps({"functions": plain, "modules": modules}).encode()
             header = {"type": "functions", "in_flight": self.limits.in_flight, "max_bytes": self.limits.bytes}
             await session.send(header, told)
 
@@ -248,7 +312,7 @@ class CellCalls:
         if tasks:
             await asyncio.wait(tasks, timeout=_CLOSE_SECONDS)
 
-    def _find(self, call: Call) -> _Function:
+    def _find(self, call: Call) -> Callee:
         """The function that may be called."""
         limits = self._registry.limits
         if self._execution.transfer is not None:
@@ -269,7 +333,7 @@ class CellCalls:
             raise _NotCalled("refused", f"{limits.in_flight} calls are at work already")
         return function
 
-    async def _serve(self, call: Call, function: _Function, args: list[Any], kwargs: dict[str, Any]) -> None:
+    async def _serve(self, call: Call, function: Callee, args: list[Any], kwargs: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
         verdict: Any = "abandoned"
@@ -280,7 +344,7 @@ class CellCalls:
             self._record(call.name, verdict, loop.time() - began)
 
     async def _outcome(
-        self, function: _Function, args: list[Any], kwargs: dict[str, Any]
+        self, function: Callee, args: list[Any], kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], bytes, str]:
         try:
             bound = function.bind(args, kwargs)
@@ -300,10 +364,10 @@ class CellCalls:
             return _error("TypeError", f"{function.name}(): {exc}"), b"", "refused"
         except _Raised as exc:
             logger.debug("the function %s raised", function.name, exc_info=exc.error)
-            return _error(type(exc.error).__name__, _message(exc.error)), b"", "raised"
+            return _error(_name(exc.error), _message(exc.error)), b"", "raised"
         return {"status": "ok"}, payload, "returned"
 
-    async def _approved(self, function: _Function, bound: inspect.BoundArguments) -> inspect.BoundArguments:
+    async def _approved(self, function: Callee, bound: Bound) -> Bound:
         if function.approve is None:
             return bound
         asked = FunctionCall(function.name, dict(bound.arguments))
@@ -327,7 +391,7 @@ class CellCalls:
             case _:
                 raise _NotCalled("refused", f"{function.name}() was denied: {Deny().reason}", "denied")
 
-    async def _call(self, function: _Function, bound: inspect.BoundArguments) -> Any:
+    async def _call(self, function: Callee, bound: Bound) -> Any:
         return await self._run(function.call, bound.args, bound.kwargs)
 
     async def _run(self, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -388,6 +452,8 @@ class CellCalls:
 
 class _Function:
     """One function: what the session is told of it, and how arguments and results are checked."""
+
+    module: tuple[str, str] | None = None
 
     def __init__(
         self,
@@ -454,7 +520,12 @@ class _Function:
             encoded = guest_values.to_json(result, core.to_jsonable_python)
             return guest_values.prefix(encoded.header) + encoded.data
         except (ValueError, TypeError, RecursionError, Unsupported) as exc:
-            raise _Raised(TypeError(f"the result of {self.name}() is not what can be returned: {_why(exc)}")) from None
+            raise not_returned(self.name, _why(exc)) from None
+
+
+def not_returned(name: str, why: str) -> Exception:
+    """For `Callee.pack`: the function was called, and its result cannot travel."""
+    return _Raised(TypeError(f"the result of {name}() is not what can be returned: {why}"))
 
 
 def _make(name: object, call: Any, approve: Approve | None) -> _Function:
@@ -495,7 +566,7 @@ def _words(value: Any, write: Callable[[Any], str]) -> str | None:
 
 def _from_session(adapter: Any, value: Any) -> Any:
     """A value as JSON means it: a list may be a tuple, a text a date; with bytes in it, as Python means it."""
-    if _has_bytes(value):
+    if has_bytes(value):
         return adapter.validate_python(value, strict=True)
     return adapter.validate_json(json.dumps(value), strict=True)
 
@@ -504,14 +575,15 @@ def _from_host(adapter: Any, value: Any) -> Any:
     return adapter.validate_python(value, strict=True)
 
 
-def _has_bytes(value: Any) -> bool:
+def has_bytes(value: Any) -> bool:
+    """Whether there are bytes anywhere in a value as it came."""
     match value:
         case bytes():
             return True
         case list():
-            return any(_has_bytes(each) for each in cast("list[Any]", value))
+            return any(has_bytes(each) for each in cast("list[Any]", value))
         case dict():
-            return any(_has_bytes(each) for each in cast("dict[str, Any]", value).values())
+            return any(has_bytes(each) for each in cast("dict[str, Any]", value).values())
         case _:
             return False
 
@@ -544,6 +616,11 @@ def _why(exc: Exception) -> str:
 
 def _error(name: str, message: str) -> dict[str, Any]:
     return {"status": "error", "name": name[:_MAX_WORDS], "message": message[:_MAX_MESSAGE]}
+
+
+def _name(error: BaseException) -> str:
+    """What an exception's class is called inside."""
+    return TOOL_ERROR if isinstance(error, ToolError) else type(error).__name__
 
 
 def _message(error: BaseException) -> str:

@@ -23,7 +23,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, cast
 
-from . import values
+from . import mcptools, values
 
 if TYPE_CHECKING:
     import socket
@@ -122,7 +122,9 @@ class Calls:
     def install(self, frame: Frame) -> None:
         """Put the host's functions into the namespace; those that are there already stay as they are."""
         self._in_flight, self._max_bytes = int(frame.header["in_flight"]), int(frame.header["max_bytes"])
-        for told in json.loads(frame.payload):
+        registered = json.loads(frame.payload)
+        mcptools.install(registered["modules"], self._make)
+        for told in registered["functions"]:
             name = told["name"]
             if self._known.get(name) == told:
                 continue
@@ -154,8 +156,8 @@ class Calls:
             return await self._call_aio(name, signature, args, kwargs)
 
         for made in (function, aio):
-            made.__name__ = made.__qualname__ = name
-            made.__module__ = "host"
+            made.__name__ = made.__qualname__ = told.get("as", name)
+            made.__module__ = told.get("module", "host")
             made.__doc__ = told["doc"]
             cast("Any", made).__signature__ = signature
         cast("Any", function).aio = aio
@@ -329,6 +331,8 @@ def _answer(frame: Frame) -> tuple[Any, BaseException | None]:
 
 def _exception(name: str, message: str) -> BaseException:
     """An exception like the host's: of Python's own class of that name, or of one made for it."""
+    if name == "mcptools.ToolError":
+        return mcptools.ToolError(message)
     kind: Any = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception) and kind not in _NOT_RAISED:
         with contextlib.suppress(Exception):
