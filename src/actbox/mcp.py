@@ -33,7 +33,7 @@ from actbox.shielded import finish
 from actbox.values import Unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncGenerator, Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ class _Server:
 
 
 @contextlib.asynccontextmanager
-async def _connected(sdk: Any, server: Any) -> AsyncIterator[Any]:
+async def _connected(sdk: Any, server: Any) -> AsyncGenerator[Any]:
     """The SDK's client. What a command writes of its errors is for nobody."""
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:  # noqa: ASYNC230 - no disk is waited for
         if isinstance(server, sdk.StdioServerParameters):
@@ -316,14 +316,10 @@ class _Tool:
         given = dict(arguments)
         if has_bytes(given):
             raise TypeError("a server takes JSON, which has no bytes; encode them, by base64 for example")
-        try:
-            self._checker.check(given)
-        except TypeError:
-            fewer = {name: value for name, value in given.items() if value is not None or name in self._read.required}
-            if len(fewer) == len(given):
-                raise
-            self._checker.check(fewer)
-            given = fewer
+        if None in given.values():
+            for name in self._checker.refused_nulls(given) - self._read.required:
+                del given[name]
+        self._checker.check(given)
         return _Arguments(given)
 
     async def call(self, arguments: dict[str, Any]) -> Any:
@@ -334,9 +330,12 @@ class _Tool:
             texts = [content for content in contents if type(content) is str]
             raise ToolError("\n".join(texts) or "the tool failed and does not say why")
         if result.structured_content is not None:
-            data = result.structured_content
-            if self._wrapped and type(data) is dict and list(cast("dict[str, Any]", data)) == ["result"]:
-                data = cast("dict[str, Any]", data)["result"]
+            data: Any = result.structured_content
+            match data:
+                case {"result": inner, **more} if self._wrapped and not more:
+                    data = inner
+                case _:
+                    pass
             others = [content for content in contents if type(content) is not str]
             return {"structured": data, "content": others} if others else data
         return contents[0] if len(contents) == 1 else contents or None

@@ -29,7 +29,7 @@ _MAX_LITERALS = 12
 # How many parts of a schema one annotation may be made of; `$ref` lets a small schema have very many.
 _MAX_PARTS = 100
 # Keywords that one check may apply: a moment of the event loop.
-_MAX_STEPS = 100_000
+_MAX_STEPS = 30_000
 _PLAIN = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 # What can take any time at all: regular expressions of the server's, and comparing each item with each. The server
 # checks these itself.
@@ -112,12 +112,13 @@ def read(schema: dict[str, Any]) -> Read:
     told: list[list[Any]] = []
     notes: list[tuple[str, str]] = []
     for name in [*(name for name in properties if name in required), *(n for n in properties if n not in required)]:
-        inner: Any = properties[name]
+        inner = _object(properties[name])
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if name in required else inspect.Parameter.KEYWORD_ONLY
         default = inspect.Parameter.empty if name in required else None
         parameters.append(inspect.Parameter(made[name], kind, default=default))
-        told.append([made[name], int(kind), annotation(inner, schema), None if name in required else _default(inner)])
-        note = inner.get("description") if type(inner) is dict else None
+        shown = None if name in required else _default(inner)
+        told.append([made[name], int(kind), annotation(properties[name], schema), shown])
+        note: Any = inner.get("description")
         if made[name] != name or type(note) is str:
             spelled = "" if made[name] == name else f"({ascii(name)[:_MAX_NAME]}) "
             notes.append((made[name], spelled + (legible(note)[:_MAX_TOLD] if type(note) is str else "")))
@@ -129,9 +130,14 @@ def read(schema: dict[str, Any]) -> Read:
     return Read(inspect.Signature(parameters), names, frozenset(required), told, notes)
 
 
-def _default(schema: Any) -> str:
+def _object(schema: Any) -> dict[str, Any]:
+    """A schema as an object; True and False, and what is none, say nothing."""
+    return cast("dict[str, Any]", schema) if type(schema) is dict else {}
+
+
+def _default(schema: dict[str, Any]) -> str:
     try:
-        text = ascii(schema["default"]) if type(schema) is dict and "default" in schema else "None"
+        text = ascii(schema.get("default"))
     except RecursionError:
         return "..."
     return text if len(text) <= _MAX_WORDS else "..."
@@ -153,11 +159,12 @@ class _Words:
         self._root = root
         self._left = _MAX_PARTS
 
-    def of(self, schema: Any) -> str:
+    def of(self, given: Any) -> str:
         self._left -= 1
-        if type(schema) is not dict or self._left < 0:
+        if self._left < 0:
             return "Any"
-        match cast("dict[str, Any]", schema):
+        schema = _object(given)
+        match schema:
             case {"$ref": str(ref)}:
                 return self.of(self._follow(ref))
             case {"const": value}:
@@ -251,6 +258,15 @@ class Checker:
         if error is not None:
             place = ".".join(map(str, error.absolute_path))
             raise TypeError(f"{place}: {error.message}"[:_MAX_TOLD] if place else str(error.message)[:_MAX_TOLD])
+
+    def refused_nulls(self, value: dict[str, Any]) -> set[str]:
+        """The names whose value is None where the schema has no place for that. Raises TypeError as `check`."""
+        self._steps = 0
+        try:
+            paths = [list(error.absolute_path) for error in self._validator.iter_errors(value)]
+        except Exception as exc:
+            raise TypeError(f"the tool's schema cannot be applied: {exc}"[:_MAX_TOLD]) from exc
+        return {path[0] for path in paths if len(path) == 1 and value.get(path[0], 0) is None}
 
     def _counted(self, check: Any) -> Any:
         def counting(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:

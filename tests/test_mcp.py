@@ -1,0 +1,477 @@
+"""MCP servers: their tools are functions of a module inside, and whatever a server says is data."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mcp
+import mcp.client.stdio as stdio_transport
+import mcp.types
+import pytest
+import uvicorn
+from mcp.server import MCPServer, Server
+from mcp.server.mcpserver import Image
+from mcp.server.mcpserver.exceptions import ToolError
+from pydantic import BaseModel
+
+from actbox import (
+    Allow,
+    CallLimits,
+    CodeExecutionContainer,
+    CodeExecutor,
+    Deny,
+    ExecutionError,
+    FunctionCall,
+    InvalidArgument,
+    LimitExceeded,
+    McpServerError,
+    McpServerTimeout,
+    StateError,
+    schemas,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+pytestmark = pytest.mark.anyio
+
+SECONDS = 10.0
+PROGRAMS = Path(sys.executable).parent
+FAKE = Path(__file__).with_name("mcp_fake.py")
+
+
+class Place(BaseModel):
+    name: str
+    height: float | None = None
+
+
+def make_shop() -> MCPServer:
+    """A server of this process."""
+    server = MCPServer("shop", instructions="A shop of fruit.")
+
+    @server.tool()
+    def price(article: str, currency: str = "CHF") -> float:  # pyright: ignore[reportUnusedFunction]
+        """The price of an article."""
+        if article == "plum":
+            raise ToolError("no plums today")
+        return {"CHF": 0.5, "EUR": 0.6}[currency]
+
+    @server.tool()
+    def place(name: str) -> Place:  # pyright: ignore[reportUnusedFunction]
+        return Place(name=name, height=1.5)
+
+    @server.tool()
+    def picture() -> Image:  # pyright: ignore[reportUnusedFunction]
+        return Image(data=b"\x89PNG\0", format="png")
+
+    @server.tool(structured_output=False)
+    def words(count: int = 1) -> list[str]:  # pyright: ignore[reportUnusedFunction]
+        return ["one", "two", "three"][:count]
+
+    return server
+
+
+def stdio(program: str, *args: str, **more: Any) -> mcp.StdioServerParameters:
+    return mcp.StdioServerParameters(command=str(PROGRAMS / program), args=list(args), **more)
+
+
+def fake(*args: str) -> mcp.StdioServerParameters:
+    return stdio("python", "-I", "-S", str(FAKE), *args)
+
+
+def listing(*tools: mcp.types.Tool, answer: Any = None) -> Server[Any]:
+    """A server that lists these tools, and answers any call with the arguments that it got, as text."""
+
+    async def listed(*_args: Any) -> mcp.types.ListToolsResult:
+        return mcp.types.ListToolsResult(tools=list(tools))
+
+    async def called(_context: Any, params: mcp.types.CallToolRequestParams) -> mcp.types.CallToolResult:
+        if answer is not None:
+            return answer
+        text = f"{params.name!r} {params.arguments!r}"
+        return mcp.types.CallToolResult(content=[mcp.types.TextContent(text=text)])
+
+    return Server("listing", on_list_tools=listed, on_call_tool=called)
+
+
+def tool(name: str, schema: dict[str, Any] | None = None, **more: Any) -> mcp.types.Tool:
+    return mcp.types.Tool(name=name, input_schema={"type": "object", **(schema or {})}, **more)
+
+
+async def text_of(executor: CodeExecutor, code: str) -> str | None:
+    return (await executor.execute(code, timeout=SECONDS)).text
+
+
+async def error_of(executor: CodeExecutor, code: str) -> str:
+    with pytest.raises(ExecutionError) as caught:
+        await executor.execute(code, timeout=SECONDS)
+    assert caught.value.state_kept
+    return f"{caught.value.name}: {caught.value.value}"
+
+
+def ended(pid: int) -> bool:
+    """Whether there is no such process, or nothing left of it but its number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def pids_in(folder: Path) -> list[int]:
+    """The processes of a server that is "deaf", once it has told them."""
+    place = folder / "pids"
+    return [int(pid) for pid in place.read_text(encoding="utf-8").split()] if place.exists() else []
+
+
+@pytest.fixture
+def short_graces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK's seconds for a server that does not end by itself, made short."""
+    for name in ("PROCESS_TERMINATION_TIMEOUT", "FORCE_KILL_TIMEOUT"):
+        monkeypatch.setattr(stdio_transport, name, 0.1)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not condition():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
+# -- using tools -----------------------------------------------------------------------------------------------------
+
+
+async def test_tools_are_functions_of_a_module_with_signatures_and_texts(executor: CodeExecutor) -> None:
+    mount = await executor.mount_mcp("shop", make_shop())
+    assert mount.tools == {name: name for name in ("price", "place", "picture", "words")}
+    assert mount.left_out == {}
+    shown = await text_of(executor, "import mcptools.shop; help(mcptools.shop)")
+    assert shown is not None
+    assert "mcptools.shop - A shop of fruit." in shown
+    assert "price(article: str, *, currency: str = 'CHF') -> float" in shown
+    assert "The price of an article." in shown
+    assert "words(*, count: int = 1)" in shown
+    code = "from mcptools.shop import price\nprint(price('pear'), price(article='pear', currency='EUR'))"
+    assert await text_of(executor, code) == "0.5 0.6"
+    assert await text_of(executor, "print(await price.aio('pear'), price.__module__)") == "0.5 mcptools.shop"
+    assert [variable.name for variable in await executor.variables()] == ["mcptools", "price"]
+
+
+async def test_results_come_as_data_text_and_bytes(executor: CodeExecutor) -> None:
+    await executor.mount_mcp("shop", make_shop())
+    code = "from mcptools.shop import *\nprint(place('Rigi'), picture(), words(), words(count=2), words(count=0))"
+    image = {"type": "image", "mime_type": "image/png", "data": b"\x89PNG\0"}
+    assert await text_of(executor, code) == f"{{'name': 'Rigi', 'height': 1.5}} {image} one ['one', 'two'] None"
+    content: list[mcp.types.ContentBlock] = [
+        mcp.types.TextContent(text="seen"),
+        mcp.types.AudioContent(data="AAE=", mime_type="audio/wav"),
+        mcp.types.EmbeddedResource(
+            resource=mcp.types.BlobResourceContents(uri="file:///b", blob="AAE=", mime_type="x/y")
+        ),
+        mcp.types.EmbeddedResource(resource=mcp.types.TextResourceContents(uri="file:///t", text="T")),
+        mcp.types.ResourceLink(uri="file:///l", name="l"),
+    ]
+    answer = mcp.types.CallToolResult(content=content, structured_content={"a": [1]})
+    await executor.mount_mcp("kinds", listing(tool("get"), answer=answer))
+    await executor.execute("import mcptools.kinds; got = mcptools.kinds.get()")
+    assert await executor.get("got") == {
+        "structured": {"a": [1]},
+        "content": [
+            {"type": "audio", "mime_type": "audio/wav", "data": b"\0\1"},
+            {"type": "resource", "uri": "file:///b", "mime_type": "x/y", "data": b"\0\1"},
+            {"type": "resource", "uri": "file:///t", "mime_type": None, "text": "T"},
+            {"type": "resource_link", "uri": "file:///l", "name": "l", "mime_type": None},
+        ],
+    }
+
+
+async def test_arguments_are_checked_here_before_the_server_sees_them(executor: CodeExecutor) -> None:
+    schema = {
+        "properties": {
+            "count": {"$ref": "#/$defs/count"},
+            "mode": {"enum": ["a", "b"]},
+            "note": {"type": "string"},
+            "day": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        },
+        "required": ["count"],
+        "additionalProperties": False,
+        "$defs": {"count": {"type": "integer", "minimum": 1}},
+    }
+    await executor.mount_mcp("strict", listing(tool("f", schema), tool("free", {"additionalProperties": True})))
+    await executor.execute("from mcptools.strict import f, free")
+    assert await text_of(executor, "print(f(1, note=None, day=None))") == "'f' {'count': 1, 'day': None}"
+    assert await text_of(executor, "print(free(a=[1], b={'c': None}))") == "'free' {'a': [1], 'b': {'c': None}}"
+    for wrong, why in {
+        "f('1')": "count: '1' is not of type 'integer'",
+        "f(0)": "count: 0 is less than the minimum of 1",
+        "f(1, mode='c')": "mode: 'c' is not one of ['a', 'b']",
+        "f(1, note=b'x')": "a server takes JSON, which has no bytes",
+    }.items():
+        assert (await error_of(executor, wrong)).startswith(f"TypeError: mcptools.strict.f(): {why}")
+    for wrong in ("f()", "f(1, 'a')", "f(1, other=2)"):
+        assert (await error_of(executor, wrong)).startswith("TypeError: ")
+    assert (
+        await error_of(executor, "f(object())")
+        == "TypeError: mcptools.strict.f() takes JSON values and bytes, not object"
+    )
+
+
+async def test_a_tools_failure_is_an_exception_to_be_caught(executor: CodeExecutor) -> None:
+    await executor.mount_mcp("shop", make_shop())
+    code = (
+        "import mcptools.shop, pickle\ntry: mcptools.shop.price('plum')\nexcept mcptools.ToolError as error:\n"
+        "    print(isinstance(error, RuntimeError), 'no plums' in str(error), type(pickle.loads(pickle.dumps(error))))"
+    )
+    assert await text_of(executor, code) == "True True <class 'mcptools.ToolError'>"
+
+
+async def test_calls_are_approved_counted_and_bounded_like_functions(executor: CodeExecutor) -> None:
+    asked: list[FunctionCall] = []
+
+    def ask(call: FunctionCall) -> bool | Allow | Deny:
+        asked.append(call)
+        match call.arguments["article"]:
+            case "fig":
+                return Deny("no figs")
+            case "kiwi":
+                return Allow({"article": "kiwi", "currency": 7})
+            case _:
+                return Allow({**call.arguments, "currency": "EUR"})
+
+    executor.functions(limits=CallLimits(per_cell=3))
+    await executor.mount_mcp("shop", make_shop(), approve=ask)
+    execution = await executor.submit("from mcptools.shop import price; print(price('pear'))")
+    assert (await execution.result(SECONDS)).text == "0.6"
+    assert [(call.name, call.verdict) for call in execution.calls] == [("mcptools.shop.price", "returned")]
+    assert asked == [FunctionCall("mcptools.shop.price", {"article": "pear"})]
+    assert await error_of(executor, "price('fig')") == "CallRefused: mcptools.shop.price() was denied: no figs"
+    assert "currency: 7 is not of type 'string'" in await error_of(executor, "price('kiwi')")
+    with pytest.raises(LimitExceeded) as caught:
+        await executor.execute("for _ in range(9): price('pear')", SECONDS)
+    assert caught.value.limit == "calls_per_cell"
+
+
+async def test_modules_are_there_in_a_fresh_kernel_and_follow_what_is_mounted(executor: CodeExecutor) -> None:
+    await executor.mount_mcp("shop", make_shop())
+    code = "import mcptools.shop as s; print(s.price('pear'))"
+    assert await text_of(executor, code) == "0.5"
+    with pytest.raises(ExecutionError):
+        await executor.execute("import os; os.kill(os.getpid(), 9)", SECONDS)
+    assert await text_of(executor, code) == "0.5"
+    await executor.mount_mcp("shop", listing(tool("other")))
+    assert await text_of(executor, "print(s.other(), hasattr(s, 'price'), s.__all__)") == "'other' {} False ['other']"
+    await executor.unmount_mcp("shop")
+    assert "ModuleNotFoundError" in await error_of(executor, "import mcptools.shop")
+    with pytest.raises(InvalidArgument, match="that is mounted"):
+        await executor.unmount_mcp("shop")
+
+
+# -- servers as people have them -------------------------------------------------------------------------------------
+
+
+async def test_a_server_of_its_own_process_tells_the_time(executor: CodeExecutor) -> None:
+    await executor.mount_mcp("clock", stdio("mcp-server-time", "--local-timezone", "UTC"))
+    await executor.execute("from mcptools.clock import convert_time, get_current_time")
+    code = "convert_time('Asia/Tokyo', '12:00', 'Asia/Kolkata')['target']['datetime'][11:16]"
+    assert await text_of(executor, f"print({code})") == "08:30"
+    assert "Invalid timezone" in await error_of(executor, "get_current_time('Nowhere/AtAll')")
+
+
+async def test_a_server_reads_a_repository_that_the_session_cannot_see(executor: CodeExecutor, tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for words in ("init -q -b trunk", "commit -q --allow-empty -m first"):
+        await asyncio.to_thread(subprocess.run, [*git, *words.split()], check=True)
+    await executor.mount_mcp("git", stdio("mcp-server-git", "--repository", str(tmp_path)))
+    code = f"import os, mcptools.git as g\nprint(os.path.exists({str(tmp_path)!r}), g.git_log({str(tmp_path)!r}))"
+    shown = await text_of(executor, code)
+    assert shown is not None
+    assert shown.startswith("False ")
+    assert "first" in shown
+
+
+@contextlib.asynccontextmanager
+async def serving(server: MCPServer) -> AsyncGenerator[tuple[str, uvicorn.Server]]:
+    """The server by HTTP: its URL."""
+    config = uvicorn.Config(
+        server.streamable_http_app(), port=0, log_level="critical", ws="none", timeout_graceful_shutdown=1
+    )
+    web = uvicorn.Server(config)
+    task = asyncio.create_task(web.serve())
+    try:
+        await until(lambda: web.started)
+        port = web.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}/mcp", web
+    finally:
+        web.should_exit = True
+        await task
+
+
+async def test_a_server_by_http_and_its_end(executor: CodeExecutor) -> None:
+    async with serving(make_shop()) as (url, _):
+        await executor.mount_mcp("shop", url, timeout=SECONDS / 2)
+        assert await text_of(executor, "from mcptools.shop import price; print(price('pear'))") == "0.5"
+    code = "x = 1\ntry: price('pear')\nexcept (ConnectionError, RuntimeError) as e: print(type(e).__name__)"
+    assert await text_of(executor, code) in ("ConnectionError", "ToolError")
+    assert await text_of(executor, "print(x)") == "1"
+
+
+# -- servers that fail -----------------------------------------------------------------------------------------------
+
+
+async def test_what_cannot_be_mounted_says_why(executor: CodeExecutor) -> None:
+    for server in (stdio("no-such-program"), fake("gone"), "http://127.0.0.1:1/mcp", listing()):
+        with pytest.raises(McpServerError) as caught:
+            await executor.mount_mcp("bad", server, timeout=SECONDS)
+        assert (caught.value.name, bool(caught.value.reason)) == ("bad", True)
+    with pytest.raises(McpServerTimeout) as late:
+        await executor.mount_mcp("bad", fake("silent"), timeout=0.5)
+    assert isinstance(late.value, TimeoutError)
+    for name in ("a b", "class", "_x", "", "é", "x" * 65, 7):
+        with pytest.raises(InvalidArgument, match="name"):
+            await executor.mount_mcp(name, make_shop())  # pyright: ignore[reportArgumentType]
+    for server in (7, None, ["mcp-server-time"]):
+        with pytest.raises(InvalidArgument, match="server"):
+            await executor.mount_mcp("bad", server)
+    assert "ModuleNotFoundError" in await error_of(executor, "import mcptools")
+
+
+async def test_a_server_that_dies_or_hangs_fails_the_call_and_not_the_session(executor: CodeExecutor) -> None:
+    await executor.mount_mcp("fake", fake("plain"), timeout=1)
+    await executor.execute("from mcptools import fake; x = 1")
+    assert await error_of(executor, "fake.hang()") == "TimeoutError: the MCP server fake did not answer within 1 s"
+    assert "no base64" in await error_of(executor, "fake.garbage()")
+    for _ in range(2):
+        assert await error_of(executor, "fake.die()") == "ConnectionError: the MCP server fake has ended"
+    await executor.mount_mcp("fake", fake("plain"))
+    assert await text_of(executor, "print(x, int(fake.pid()) > 0)") == "1 True"
+
+
+@pytest.mark.usefixtures("short_graces")
+async def test_nothing_is_left_of_a_server_when_the_client_is_closed(
+    container: CodeExecutionContainer, key: str, tmp_path: Path
+) -> None:
+    async with CodeExecutor(key, container.workspace, container.port) as executor:
+        await executor.mount_mcp("deaf", fake("deaf", str(tmp_path / "pids")))
+        await executor.mount_mcp("plain", fake("plain"))
+        plain = int((await text_of(executor, "import mcptools.plain; print(mcptools.plain.pid())")) or "")
+        pids = [plain, *pids_in(tmp_path)]
+        assert [ended(pid) for pid in pids] == [False] * 3
+    assert [ended(pid) for pid in pids] == [True] * 3
+    with pytest.raises(StateError):
+        await executor.mount_mcp("plain", fake("plain"))
+
+
+@pytest.mark.usefixtures("short_graces")
+async def test_a_mount_that_is_cancelled_leaves_nothing(executor: CodeExecutor, tmp_path: Path) -> None:
+    task = asyncio.create_task(executor.mount_mcp("deaf", fake("deaf", str(tmp_path / "pids"))))
+    await until(lambda: len(pids_in(tmp_path)) == 2)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled() or task.exception() is None
+    if not task.cancelled():
+        await executor.unmount_mcp("deaf")
+    assert all(map(ended, pids_in(tmp_path)))
+
+
+# -- servers that are hostile ----------------------------------------------------------------------------------------
+
+CODE = "'''\"\"\"\n__import__('os').system('touch owned')\n{0.__class__}\x1b[2J\r\u202e"
+
+
+async def test_names_become_identifiers_and_texts_stay_texts(executor: CodeExecutor) -> None:
+    names = [
+        "__import__",
+        "import",
+        "a b",
+        "a_b",
+        "a-b",
+        "__class__",
+        "1st",
+        "",
+        "ﬁne",
+        "os.system('x')",
+        "ToolError",
+        "é",
+    ]
+    properties = {name: {"type": "string", "description": CODE, "default": CODE} for name in names}
+    tools = [tool(name, {"properties": properties}, description=CODE, title=CODE) for name in names]
+    mount = await executor.mount_mcp("hostile", listing(*tools, tool("a b", description="again")))
+    assert sorted(mount.tools.values()) == sorted(names)
+    assert mount.left_out == {"a b": "another tool has the same name"}
+    assert all(name.isidentifier() and not name.startswith("_") for name in mount.tools)
+    assert {"a_b", "class", "n1st", "ToolError", "é"} <= {name.rstrip("_") for name in mount.tools}
+    for inside, name in mount.tools.items():
+        code = f"from mcptools import hostile as h; f = h.{inside}; import inspect\n"
+        code += "print(f(**{name: 'v' for name in inspect.signature(f).parameters}))"
+        assert await text_of(executor, code) == f"{name!r} {dict.fromkeys(names, 'v')!r}"
+    shown = await text_of(executor, "help(h)")
+    assert shown is not None
+    assert "\x1b" not in shown
+    assert "__import__('os').system" in shown
+    assert await text_of(executor, "import os; print(os.path.exists('owned'), h.__name__)") == "False mcptools.hostile"
+
+
+async def test_schemas_beyond_the_bounds_are_left_out(executor: CodeExecutor) -> None:
+    endless = {"properties": {"x": {"$ref": "#/properties/x"}}}
+    doubling = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(40)}
+    mount = await executor.mount_mcp(
+        "hostile",
+        listing(
+            tool("huge", {"description": "x" * schemas.MAX_SCHEMA}),
+            tool("many", {"properties": {f"p{n}": {} for n in range(schemas.MAX_PARAMETERS + 1)}}),
+            tool("none", {"properties": {"x": {"type": "nonsense"}}}),
+            tool("n" * 1000),
+            tool("dialect", {"properties": {"x": {"$schema": "http://json-schema.org/draft-07/schema#"}}}),
+            tool("endless", endless),
+            tool("doubling", {"properties": {"x": {"$ref": "#/$defs/a0"}}, "$defs": {**doubling, "a40": {}}}),
+            tool("slow", {"properties": {"x": {"pattern": "^(a+)+$"}}}),
+            tool("nowhere", {"properties": {"x": {"$ref": "http://127.0.0.1:1/schema"}}}),
+            tool("long", description="d" * 100_000),
+            *(tool(f"t{n}") for n in range(300)),
+        ),
+    )
+    assert {"endless", "doubling", "slow", "nowhere", "long"} <= mount.tools.keys()
+    assert len(mount.tools) + 4 <= 256
+    assert {"huge", "many", "none", "dialect"} <= mount.left_out.keys()
+    await executor.execute("import mcptools.hostile as h")
+    for name in ("endless", "doubling", "nowhere"):
+        assert "cannot be applied" in await error_of(executor, f"h.{name}(x=1)")
+    assert await text_of(executor, "print(h.slow(x='a' * 40 + 'b') is not None, len(h.long.__doc__))") == "True 8192"
+
+
+def test_names_are_the_same_in_any_order() -> None:
+    names = ["a b", "a-b", "a_b", "A B", "__a", "a", "ﬁ", "fi", "class", "class_", "\ud800", "١", "\u0301"]
+    made = schemas.identifiers(names)
+    assert len(set(made.values())) == len(names)
+    assert schemas.identifiers(names[::-1]) == made
+    assert made["a_b"] == "a_b"
+    assert all(name.isidentifier() for name in made.values())
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": "string"}, "str"),
+        ({"type": ["integer", "null"]}, "int | None"),
+        ({"type": "array", "items": {"type": "number"}}, "list[float]"),
+        ({"type": "array", "items": {}}, "list[Any]"),
+        ({"type": "object", "additionalProperties": {"type": "boolean"}}, "dict[str, bool]"),
+        ({"enum": ["a", 1, None]}, "Literal['a', 1, None]"),
+        ({"const": "']; import os"}, 'Literal["\']; import os"]'),
+        ({"oneOf": [{"type": "string"}, {"$ref": "#/$defs/n"}]}, "str | int"),
+        ({"anyOf": [{"type": "string"}, {}]}, "Any"),
+        ({"$ref": "#/$defs/loop"}, "Any"),
+        ({"$ref": "#/$defs/n/none"}, "Any"),
+        ({"enum": [[1]]}, "Any"),
+        ({"enum": ["x" * 1000]}, "Any"),
+        (True, "Any"),
+        ("string", "Any"),
+    ],
+    ids=repr,
+)
+def test_a_schema_in_words(schema: Any, words: str) -> None:
+    root = {"$defs": {"n": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop"}}}
+    assert schemas.annotation(schema, root) == words
