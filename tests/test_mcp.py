@@ -32,6 +32,7 @@ from actbox import (
     McpServerError,
     McpServerTimeout,
     StateError,
+    StateRefused,
     schemas,
 )
 
@@ -267,6 +268,24 @@ async def test_modules_are_there_in_a_fresh_kernel_and_follow_what_is_mounted(ex
     assert "ModuleNotFoundError" in await error_of(executor, "import mcptools.shop")
     with pytest.raises(InvalidArgument, match="that is mounted"):
         await executor.unmount_mcp("shop")
+
+
+async def test_a_saved_session_finds_its_tools_where_they_are_mounted(
+    executor: CodeExecutor,
+    make_executor: Callable[[], contextlib.AbstractAsyncContextManager[CodeExecutor]],
+    tmp_path: Path,
+) -> None:
+    await executor.mount_mcp("shop", make_shop())
+    await executor.execute("from mcptools import shop\nfrom mcptools.shop import price\nkept = [price]")
+    assert [variable.type for variable in await executor.variables()] == ["module", "function", "list"]
+    assert (await executor.save(tmp_path / "state")).left_out == {}
+    async with make_executor() as other:
+        with pytest.raises(StateRefused, match="mcptools"):
+            await other.restore(tmp_path / "state")
+        await other.mount_mcp("shop", make_shop())
+        await other.execute("1")
+        await other.restore(tmp_path / "state")
+        assert await text_of(other, "print(shop.price('pear'), kept[0]('pear'))") == "0.5 0.5"
 
 
 # -- servers as people have them -------------------------------------------------------------------------------------

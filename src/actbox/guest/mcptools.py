@@ -25,6 +25,8 @@ class ToolError(RuntimeError):
 # Its home inside, by which it is pickled too.
 ToolError.__module__ = _PACKAGE
 
+# The modules of ours, by their full names.
+_made: dict[str, ModuleType] = {}
 # What the host has told of each function that is there, by module and name.
 _known: dict[str, dict[str, dict[str, Any]]] = {}
 
@@ -56,16 +58,13 @@ def install(modules: dict[str, tuple[str, list[dict[str, Any]]]], make: Callable
 
 def _module(name: str, doc: str, *, is_package: bool = False) -> ModuleType:
     """The module of ours under this name, whoever has put another one there."""
-    module = sys.modules.get(name)
-    if not isinstance(module, _Made):
-        module = _Made(name)
+    module = _made.get(name)
+    if module is None or sys.modules.get(name) is not module:
+        # Of Python's own type, as which modules are known where variables are told and saved.
+        module = _made[name] = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None, is_package=is_package)
         module.__package__ = name if is_package else _PACKAGE
         sys.modules[name] = module
         _known.pop(name.partition(".")[2], None)
     module.__doc__ = doc
     return module
-
-
-class _Made(ModuleType):
-    """A module of ours."""
