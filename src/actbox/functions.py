@@ -20,18 +20,21 @@ import threading
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, cast
 
 from actbox import values
 from actbox.errors import InvalidArgument, ProtocolError
 from actbox.events import CallRecord, Overrun
 from actbox.guest import values as guest_values
+from actbox.shielded import in_thread
 from actbox.values import Unsupported
 
 if TYPE_CHECKING:
     from actbox.execution import Execution
     from actbox.protocol.messages import Call
     from actbox.sessions import Session
+
+P = ParamSpec("P")
 
 logger = logging.getLogger(__name__)
 
@@ -347,7 +350,7 @@ class CellCalls:
         self, function: Callee, args: list[Any], kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], bytes, str]:
         try:
-            bound = function.bind(args, kwargs)
+            bound = await _checked(function, function.bind, args, kwargs)
             bound = await self._approved(function, bound)
             result = await self._call(function, bound)
             payload = function.pack(result)
@@ -385,7 +388,7 @@ class CellCalls:
             case True | Allow(None):
                 return bound
             case Allow(arguments) if arguments is not None:
-                return function.rebind(arguments)
+                return await _checked(function, function.rebind, arguments)
             case Deny(reason):
                 raise _NotCalled("refused", f"{function.name}() was denied: {reason}", "denied")
             case _:
@@ -545,6 +548,11 @@ def _make(name: object, call: Any, approve: Approve | None) -> _Function:
     except Exception as exc:
         raise InvalidArgument("functions", name, f"its annotations cannot be used ({exc})"[:500]) from exc
     return _Function(name, call, approve, signature, adapters)
+
+
+async def _checked(function: Callee, check: Callable[P, Bound], *args: P.args, **kwargs: P.kwargs) -> Bound:
+    """The arguments, by a check of the function's. A server's schema may keep a thread busy, but not the event loop."""
+    return check(*args, **kwargs) if function.module is None else await in_thread(check, *args, **kwargs)
 
 
 def _is_async(work: Any) -> bool:

@@ -29,7 +29,7 @@ from actbox.execution import check_timeout
 from actbox.functions import Approve, HostFunctions, Registry, ToolError, has_bytes, not_returned
 from actbox.guest import values as guest_values
 from actbox.schemas import Unusable
-from actbox.shielded import finish
+from actbox.shielded import finish, in_thread
 from actbox.values import Unsupported
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_TOOLS = 256
 _MAX_PAGES = 100
-# Characters: of one description, of a server's own words, and of all that is told of one server.
+# Characters: of one description, of a server's own words, and of all that one server may say of its tools.
 _MAX_DOC = 8 << 10
 _MAX_TOLD = 1 << 20
 # Of a tool's name: the name of a call has a bound of its own.
@@ -100,7 +100,7 @@ class McpServers(HostFunctions):
         listing = await made.start()
         try:
             self.check_connected()
-            tools, left_out = _make_tools(made, listing, approve)
+            tools, left_out = await in_thread(_make_tools, made, listing, approve)
             if not tools:
                 why = "; ".join(f"{tool}: {reason}" for tool, reason in list(left_out.items())[:3])
                 raise McpServerError(name, f"it has no tool that can be used. {why}".strip())
@@ -280,7 +280,7 @@ class _Arguments:
 
 
 class _Tool:
-    """One tool, as a function that a session may call. `title` is what the server calls it."""
+    """One tool, as a function that a session may call. `title` is what the server calls it, `size` what it has said."""
 
     def __init__(self, server: _Server, tool: Any, name: str, doc: str, approve: Approve | None) -> None:
         self.name = f"mcptools.{server.name}.{name}"
@@ -290,6 +290,7 @@ class _Tool:
         self._server = server
         self._checker = schemas.Checker(tool.input_schema)
         self._read = schemas.read(tool.input_schema)
+        self.size = self._checker.size
         self._wrapped = _is_wrapped(tool.output_schema)
         self.told: dict[str, Any] = {
             "name": self.name,
@@ -299,6 +300,7 @@ class _Tool:
             "parameters": self._read.told,
             "returns": _returns(tool.output_schema, wrapped=self._wrapped),
         }
+        self.size += len(json.dumps(self.told))
 
     def bind(self, args: list[Any], kwargs: dict[str, Any]) -> _Arguments:
         """See `Callee`."""
@@ -370,7 +372,7 @@ def _make_tools(server: _Server, listing: _Listing, approve: Approve | None) -> 
     for name, inside in schemas.identifiers(by_name).items():
         try:
             tool = _Tool(server, by_name[name], inside, doc, approve)
-            told += len(json.dumps(tool.told))
+            told += tool.size
             if told > _MAX_TOLD:
                 raise Unusable("the server has said too much already")
             made.append(tool)

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import keyword
+import threading
 import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -28,7 +29,7 @@ _MAX_UNION = 8
 _MAX_LITERALS = 12
 # How many parts of a schema one annotation may be made of; `$ref` lets a small schema have very many.
 _MAX_PARTS = 100
-# Keywords that one check may apply: a moment of the event loop.
+# Keywords that one check may apply: about a second of a thread.
 _MAX_STEPS = 30_000
 _PLAIN = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 # What can take any time at all: regular expressions of the server's, and comparing each item with each. The server
@@ -216,9 +217,9 @@ def legible(text: str) -> str:
 
 
 class Checker:
-    """Applies a schema to values, in a bounded number of steps.
+    """Applies a schema to values, in a bounded number of steps. `size` is that of the schema, in bytes of JSON.
 
-    State: `_steps`, those of the check at hand.
+    State: `_steps`, those of the check at hand; threads have to wait for one another (`_lock`).
 
     Raises:
         Unusable: it is no schema, or too large.
@@ -228,8 +229,11 @@ class Checker:
         validators: Any = importlib.import_module("jsonschema.validators")
         registry: Any = importlib.import_module("referencing").Registry
         self._steps = 0
+        self._lock = threading.Lock()
+        self.size = 0
         try:
-            if len(json.dumps(schema)) > MAX_SCHEMA:
+            self.size = len(json.dumps(schema))
+            if self.size > MAX_SCHEMA:
                 raise Unusable(f"its schema is more than {MAX_SCHEMA} bytes")
             kind = validators.validator_for(schema)
             kind.check_schema(schema)
@@ -250,9 +254,10 @@ class Checker:
 
     def check(self, value: Any) -> None:
         """Raise TypeError if the schema does not allow the value."""
-        self._steps = 0
         try:
-            error: Any = next(self._validator.iter_errors(value), None)
+            with self._lock:
+                self._steps = 0
+                error: Any = next(self._validator.iter_errors(value), None)
         except Exception as exc:  # a `$ref` to nowhere, or without end
             raise TypeError(f"the tool's schema cannot be applied: {exc}"[:_MAX_TOLD]) from exc
         if error is not None:
@@ -261,9 +266,10 @@ class Checker:
 
     def refused_nulls(self, value: dict[str, Any]) -> set[str]:
         """The names whose value is None where the schema has no place for that. Raises TypeError as `check`."""
-        self._steps = 0
         try:
-            paths = [list(error.absolute_path) for error in self._validator.iter_errors(value)]
+            with self._lock:
+                self._steps = 0
+                paths = [list(error.absolute_path) for error in self._validator.iter_errors(value)]
         except Exception as exc:
             raise TypeError(f"the tool's schema cannot be applied: {exc}"[:_MAX_TOLD]) from exc
         return {path[0] for path in paths if len(path) == 1 and value.get(path[0], 0) is None}
