@@ -270,6 +270,22 @@ async def test_modules_are_there_in_a_fresh_kernel_and_follow_what_is_mounted(ex
         await executor.unmount_mcp("shop")
 
 
+async def test_copies_of_a_session_call_the_same_server(executor: CodeExecutor) -> None:
+    await executor.mount_mcp("fake", fake("plain"))
+    await executor.execute("from mcptools.fake import pid")
+    pid = await text_of(executor, "print(pid())")
+    async with await executor.fork() as copy:
+        assert await text_of(copy, "import mcptools.fake; print(pid(), mcptools.fake.pid())") == f"{pid} {pid}"
+        await copy.mount_mcp("more", make_shop())
+        assert await text_of(copy, "import mcptools.more; print(mcptools.more.price('pear'))") == "0.5"
+    # The copy's end is not that of the server, and what it has mounted was its own.
+    assert await text_of(executor, "print(pid())") == pid
+    assert "ModuleNotFoundError" in await error_of(executor, "import mcptools.more")
+    async with await executor.fork() as copy:
+        await executor.unmount_mcp("fake")
+        assert await error_of(copy, "pid()") == "ConnectionError: the MCP server fake has ended"
+
+
 async def test_a_saved_session_finds_its_tools_where_they_are_mounted(
     executor: CodeExecutor,
     make_executor: Callable[[], contextlib.AbstractAsyncContextManager[CodeExecutor]],
