@@ -20,7 +20,7 @@ import report
 from bench import facts
 from report import Row
 
-from actbox import CodeExecutionContainer, CodeExecutor
+from actbox import AttachedClient, CodeExecutionContainer, CodeExecutor
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -56,6 +56,8 @@ A cell holds the median, and the smallest and largest value behind it; the ratio
   `save` to a file and `restore` into a session that is opened for it (the pickle is made inside; file and session are
   on the same machine).
 - **Undo a wrecked state**: `rollback()` to a checkpoint, against the same two.
+- **Come back to a state**: a client attaches to a session that has outlived the one before, and runs a cell; against
+  opening a session and running the cell that makes the state again.
 - **A call of the host**: `f(1)` in a loop inside a cell, by `executor.functions(f)`; against ending the cell with what
   is wanted in a variable, getting that, and putting the answer in before the next cell, as is done without it.
 - **New memory of a fork**: the private pages of the copy's process before it has written to any array: {own} MiB.
@@ -91,6 +93,15 @@ class Bench:
         """Make the state, in this session and in a file."""
         await self._executor.execute(f"{self._state}\n{_OWN}", timeout=600)
         await self._executor.checkpoint("good")
+        async with self._kept() as client:
+            await (await client.submit(self._state, timeout=600)).result()
+
+    def _kept(self) -> AttachedClient:
+        return AttachedClient(self._container.port, "kept")
+
+    async def attach(self) -> None:
+        async with self._kept() as client:
+            await (await client.submit("pass")).result()
 
     def _another(self) -> CodeExecutor:
         return CodeExecutor(f"bench-{next(self._keys)}", self._container.workspace, self._container.port)
@@ -131,7 +142,7 @@ class Bench:
 
 async def measure(engine: str, rounds: int, mebibytes: int, calls: int) -> tuple[list[Row], float]:
     """The rows, and the MiB that a fork takes before it writes."""
-    found: dict[str, list[float]] = {name: [] for name in ("fork", "rerun", "pickle", "rollback", "unpickle")}
+    found: dict[str, list[float]] = {name: [] for name in ("fork", "rerun", "pickle", "attach", "rollback", "unpickle")}
     called: tuple[list[float], list[float]] = ([], [])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -145,7 +156,7 @@ async def measure(engine: str, rounds: int, mebibytes: int, calls: int) -> tuple
             await bench.prepare()
             for number in range(1 + rounds):
                 print(f"bench: round {number} of {rounds}", file=sys.stderr, flush=True)
-                done = {name: await _timed(getattr(bench, name)) for name in ("fork", "rerun", "pickle")}
+                done = {name: await _timed(getattr(bench, name)) for name in ("fork", "rerun", "pickle", "attach")}
                 await bench.wreck()
                 done["rollback"] = await _timed(bench.rollback)
                 done["unpickle"] = await _timed(bench.unpickle)
@@ -162,6 +173,7 @@ async def measure(engine: str, rounds: int, mebibytes: int, calls: int) -> tuple
         Row("a second session with the state; else: saved and restored", "ms", (found["fork"], found["pickle"])),
         Row("undo a wrecked state; else: the cells again", "ms", (found["rollback"], found["rerun"])),
         Row("undo a wrecked state; else: restored from a file", "ms", (found["rollback"], found["unpickle"])),
+        Row("come back to a state; else: the cells again", "ms", (found["attach"], found["rerun"])),
         Row("a call of the host; else: by the ends of cells", "ms", called),
     ]
     return rows, own
