@@ -38,6 +38,20 @@ settings.load_profile("actbox")
 pytest_plugins = ["case_table"]
 
 _numbers = itertools.count(1)
+# What is in these is what a kernel does, whoever runs it: it differs neither by the user nor by what the user may.
+ALIKE = frozenset(
+    {
+        *("test_kernel", "test_executions", "test_gateway", "test_variables", "test_saving", "test_functions"),
+        *("test_mcp", "test_reattach", "test_notebook", "test_for_model", "test_skills", "test_examples"),
+        *("test_example_reattach", "test_forks", "test_cli", "test_readme", "test_libraries"),
+    }
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--alike-on=ENGINE`, for a second pass as another user."""
+    told = "tests that are alike for every user run on this engine alone; all others on every engine"
+    parser.addoption("--alike-on", metavar="ENGINE", default=None, help=told)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,7 +64,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is about one engine where the engine is another; run what counts before what is shared exists."""
     left_out: list[pytest.Item] = []
+    alike_on: str | None = config.getoption("--alike-on")
     for item in items:
+        if alike_on is not None and item.path.stem in ALIKE and isinstance(item, pytest.Function):
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            if params.get("engine", alike_on) != alike_on:
+                left_out.append(item)
+                continue
         mark = item.get_closest_marker("engines")
         if mark is not None:
             assert isinstance(item, pytest.Function)
