@@ -578,6 +578,22 @@ async def test_a_death_says_to_which_cell_the_session_went_back(container: CodeE
         assert await value(client, "x") == "2"
 
 
+async def test_who_leaves_while_a_copy_is_made_waits_for_nobody_and_leaves_nothing(
+    container: CodeExecutionContainer,
+) -> None:
+    before = len(container._sessions)
+    for turns in range(0, 40, 2):
+        client = ExecutionClient(container.port, recover=True)
+        await client.connect()
+        await client.execute("x = 1")
+        # The copy of the last good state is under way.
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(3):
+            await client.disconnect()
+        assert len(container._sessions) == before
+
+
 async def test_after_a_rollback_the_good_state_is_the_one_gone_back_to(container: CodeExecutionContainer) -> None:
     async with ExecutionClient(container.port, recover=True) as client:
         await client.execute("x = 1")

@@ -337,7 +337,7 @@ class ExecutionContainer:
         try:
             await session.start(self._session_config(key))
         except BaseException:
-            await session.close()
+            await finish(session.close())
             raise
         return session
 

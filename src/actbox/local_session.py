@@ -20,6 +20,7 @@ from actbox.events import Overrun
 from actbox.link import Link
 from actbox.protocol import frames
 from actbox.sessions import Exit, read_overrun, read_status
+from actbox.shielded import finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,7 +123,8 @@ class LocalSession:
             )
             made._link = await Link.over(stream)
         except BaseException:
-            await made.close()
+            # In a task of its own: where this one was cancelled, early Pythons 3.11 take a timeout for that.
+            await finish(made.close())
             raise
         return made
 
@@ -220,10 +222,11 @@ class LocalSession:
 
     async def close(self) -> None:
         if not self._configured and self._link is not None:
-            # The watcher waits for its configuration, or for the kernel to come, and heeds nothing else.
+            # The watcher waits for its configuration, and heeds nothing else.
             self._link.close()
-            if self.slot:
-                self._stop_hearing()
+        if not self._configured and self.slot:
+            # Or it waits for a kernel to come, which it kills then.
+            self._stop_hearing()
         if self._exit is None and self._watch is not None:
             self.kill()
             await self.exited(_EXIT_SECONDS)

@@ -16,6 +16,7 @@ from actbox.errors import ConnectionError, ProtocolError, SandboxUnavailable
 from actbox.events import Overrun
 from actbox.link import Link
 from actbox.protocol import messages
+from actbox.shielded import finish
 from actbox.spec import Limits
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ class _RemoteSession:
         try:
             await session._greet(wish)
         except BaseException:
-            await session.close()
+            await finish(session.close())
             raise
         return session
 
