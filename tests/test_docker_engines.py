@@ -297,7 +297,7 @@ async def test_an_unknown_runtime_is_refused_with_the_names_there_are(engine: st
 # -- Podman ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def slim(outside: Outside) -> AsyncIterator[None]:
     await asyncio.to_thread(tools.build_slim, outside.url)
     yield

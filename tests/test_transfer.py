@@ -797,7 +797,7 @@ async def test_what_a_dead_kernel_sent_is_never_continued_by_the_next_one(client
     body = "send(member('a', size=10**6) + bytes(50_000))\nhide()\nos.kill(os.getpid(), 9)"
     hide = "import gc\nfrom actbox_guest.guest.interrupts import Interrupts\ndef hide():\n"
     hide += (
-        "    for found in gc.get_objects():\n        if isinstance(found, Interrupts): found._page[16:24] = bytes(8)\n"
+        "    for found in gc.get_objects():\n        if isinstance(found, Interrupts): found._slot[16:24] = bytes(8)\n"
     )
     await text_of(client, f"{hide}\n{lie(body)}")
     with pytest.raises(KernelDied):
