@@ -9,11 +9,11 @@ import contextlib
 import http.client
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -100,7 +100,8 @@ class PrivateDaemon:
             stack.callback(shutil.rmtree, self.folder)
             # dockerd, containerd and the shims carry its name in their arguments: that is how they are found again. It
             # is as long as a network device's may be.
-            self._run = Path(tempfile.mkdtemp(prefix="actbox-", dir="/run"))
+            self._run = Path("/run", f"actbox-{secrets.token_hex(4)}")
+            self._run.mkdir(mode=0o700)
             stack.callback(shutil.rmtree, self._run)
             (self.folder / "data").mkdir()
             if self._megabytes:

@@ -41,7 +41,7 @@ MEGABYTE = 1 << 20
 POUR = "import os\ndata = b'x' * 65535 + b'\\n'\nfor _ in range({megabytes} * 16): os.write(1, data)\n"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def outside() -> Outside:
     return await tools.reached()
 

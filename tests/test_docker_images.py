@@ -47,12 +47,12 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(90), pytest.mark.counting]
 BOUND = 15.0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def outside() -> Outside:
     return await tools.reached()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def slim(outside: Outside) -> AsyncIterator[tools.Built]:
     yield await asyncio.to_thread(tools.build_slim, outside.url)
     await tools.remove_slim(outside)

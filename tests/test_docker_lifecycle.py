@@ -43,7 +43,7 @@ BOUND = 15.0
 LONG = "print('on'); import time; time.sleep(999)"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def outside() -> Outside:
     return await tools.reached()
 
@@ -60,7 +60,7 @@ async def nothing_left(outside: Outside) -> AsyncIterator[None]:
         await outside.remove(*[one["Id"] for one in await outside.containers()])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def own(outside: Outside, slim: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[PrivateDaemon]:
     """A daemon that may be killed; it runs again after each test."""
     dockerd.required()
@@ -71,7 +71,7 @@ async def own(outside: Outside, slim: None, tmp_path_factory: pytest.TempPathFac
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def slim(outside: Outside) -> AsyncIterator[None]:
     yield
     await tools.remove_slim(outside)
