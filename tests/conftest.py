@@ -49,8 +49,8 @@ ALIKE = frozenset(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--alike-on=ENGINE`, for a second pass as another user."""
-    told = "tests that are alike for every user run on this engine alone; all others on every engine"
+    """`--alike-on=ENGINE`, for a second pass as another user, who need not try all again."""
+    told = "tests that are alike for every user run on this engine alone (none: on none); all others on every engine"
     parser.addoption("--alike-on", metavar="ENGINE", default=None, help=told)
 
 

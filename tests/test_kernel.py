@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from actbox import ExecutionError, ExecutionInterrupted, ExecutionResult, ExecutionTimeout, Output
-from actbox.events import ClearOutput, DisplayData, Event, UpdateDisplayData
+from actbox.events import ClearOutput, DisplayData, Event, Interrupted, UpdateDisplayData
 from actbox.result import strip_ansi
 
 if TYPE_CHECKING:
@@ -1232,3 +1232,19 @@ async def test_a_shared_skill_cannot_be_written_inside(executor: CodeExecutor) -
     error = await failure_of(executor, "open('/app/skills/shared/x.py', 'w')")
     assert error.name == "OSError"
     assert "Read-only" in (error.value or "")
+
+
+async def test_an_interrupt_that_python_drops_comes_again(executor: CodeExecutor) -> None:
+    """In a hook of a fork its exception is told and forgotten."""
+    execution = await executor.submit(
+        "import os, time\nfirst = [1]\n"
+        "def hook():\n    if first: first.clear(); print('on', flush=True); time.sleep(0.5)\n"
+        "os.register_at_fork(before=hook)\nif os.fork() == 0: os._exit(0)\ntime.sleep(99)"
+    )
+    async for _ in execution.stream(10):
+        break
+    await execution.interrupt()
+    assert isinstance(execution.outcome, Interrupted)
+    assert execution.outcome.state_kept
+    assert "Exception ignored" not in (execution.so_far().text or "")
+    assert (await executor.execute("print(first)")).text == "[]"

@@ -15,9 +15,10 @@ import mmap
 import os
 import signal
 import struct
+import sys
 import threading
 from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -94,6 +95,19 @@ class Interrupts:
     def install(self) -> None:
         """Take over SIGINT; call it in the main thread."""
         signal.signal(signal.SIGINT, self._handle)
+
+    def watch_losses(self) -> None:
+        """Be reminded of an interrupt that Python drops: it came in a hook of a fork, or in a destructor."""
+        others = sys.unraisablehook
+
+        def note(lost: Any) -> None:
+            if lost.exc_type is KeyboardInterrupt and self.delivered and wanted(self._slot):
+                self.delivered = False
+                _NUMBER.pack_into(self._slot, _SEEN, 0)
+            else:
+                others(lost)
+
+        sys.unraisablehook = note
 
     def move(self, slot: memoryview) -> None:
         """This process has become another kernel, with a slot of its own and no cell under way."""

@@ -83,6 +83,7 @@ class Kernel:
     def serve(self, start: dict[str, Any]) -> None:
         """Run cells until the host closes the stream; never returns to the caller's code in a forked child."""
         self._interrupts.install()
+        self._interrupts.watch_losses()
         self._channel.start()
         shells.connect(self._channel)
         _prepare_process(start)

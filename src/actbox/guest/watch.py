@@ -125,11 +125,15 @@ class Watcher:
     # -- the host ------------------------------------------------------------------------------------------------
 
     def _take_order(self, kernel: Kin) -> None:
+        if not self._is_there(kernel):
+            return
         order = b""
         with contextlib.suppress(OSError):
             order = kernel.watch.recv(DATAGRAM)
         match json.loads(order) if order else None:
-            case {"op": "interrupt", "cell": int(cell)} if kernel.pid:
+            case {"op": "interrupt"} if not kernel.pid:
+                pass  # it runs no cell yet
+            case {"op": "interrupt", "cell": int(cell)}:
                 interrupts.set_target(kernel.slot, cell)
                 interrupts.forward(kernel.slot, kernel.pid)
                 kernel.reminders = [monotonic() + seconds for seconds in interrupts.REMINDERS]
@@ -152,7 +156,8 @@ class Watcher:
         request: dict[str, Any] = json.loads(data)
         source = self._kernels.get(request["source"])
         number: int = request["number"]
-        if len(sockets) == 2 and source is not None and source.pid and number not in self._kernels:  # noqa: PLR2004
+        may_be = source is not None and self._is_there(source) and source.pid and number not in self._kernels
+        if source is not None and may_be and len(sockets) == 2:  # noqa: PLR2004
             stream, watch = sockets
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with stream, theirs:
@@ -166,6 +171,12 @@ class Watcher:
         for sock in sockets:
             sock.close()
         return True
+
+    def _is_there(self, kernel: Kin) -> bool:
+        """Whether a kernel is expected yet, or is there: it says so before the host can ask for more."""
+        if not kernel.pid:
+            self._hear(kernel)
+        return self._kernels.get(kernel.number) is kernel
 
     # -- the kernels ---------------------------------------------------------------------------------------------
 
