@@ -69,6 +69,7 @@ cases: setup
 
 bench: setup
 	.venv/bin/python benchmarks/bench.py
+	.venv/bin/python benchmarks/bench_forks.py
 	-.venv/bin/python benchmarks/bench_docker.py
 
 clean:

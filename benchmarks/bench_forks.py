@@ -115,7 +115,7 @@ class Bench:
             await other.execute(self._state, timeout=600)
 
     async def pickle(self) -> None:
-        await self._executor.save(self._file, timeout=600)
+        await self._executor.save(self._file, timeout=600, max_bytes=4 << 30)
         async with self._another() as other:
             await other.restore(self._file, timeout=600)
 
