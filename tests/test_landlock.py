@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 SECONDS = 10.0
-needs_landlock = pytest.mark.skipif(landlock.offered() < 2, reason="this kernel has no Landlock, or one of ABI 1")
-needs_scopes = pytest.mark.skipif(landlock.offered() < 6, reason="this kernel's Landlock has no scopes")
+# In CI nothing may be lacking: there these tests run, and fail where the kernel has less.
+IN_CI = bool(os.environ.get("CI"))
+needs_landlock = pytest.mark.skipif(
+    landlock.offered() < 2 and not IN_CI, reason="this kernel has no Landlock, or one of ABI 1"
+)
+needs_scopes = pytest.mark.skipif(landlock.offered() < 6 and not IN_CI, reason="this kernel's Landlock has no scopes")
 
 TOOLS = """
 import errno, os, socket, subprocess, sys

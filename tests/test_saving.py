@@ -173,6 +173,19 @@ async def test_a_folder_that_is_gone_is_told(executor: CodeExecutor, make_execut
         assert (await other.restore(file)).left_out == {"os.getcwd()": "/tmp/gone: No such file or directory"}
 
 
+async def test_a_folder_of_the_sessions_own_is_the_other_sessions_own(
+    executor: CodeExecutor, make_executor: MakeExecutor, file: Path
+) -> None:
+    async with make_executor() as other:
+        await text_of(other, "import os; os.mkdir('work')")
+        await executor.save(file)
+        assert (await other.restore(file)).left_out == {}
+        await text_of(executor, "import os; os.mkdir('work'); os.chdir('work')")
+        await executor.save(file)
+        assert (await other.restore(file)).left_out == {}
+        assert await text_of(other, "print(os.getcwd())") == f"/app/skills/private/{other.key}/work"
+
+
 async def test_a_file_is_replaced_whole_and_never_through_a_link(executor: CodeExecutor, file: Path) -> None:
     file.write_text("old")
     with file.open() as reader:

@@ -589,9 +589,10 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
 
     async def _send_request(self, execution: Execution, session: Session, cell: int) -> asyncio.Task[None] | None:
         """Send the cell, or what a transfer asks for; what sends the rest of it, if there is any."""
+        if self._registry is not None:
+            # Before whatever it is: a state that is restored may hold functions of the host too.
+            await self._registry.announce(session)
         if execution.transfer is None:
-            if self._registry is not None:
-                await self._registry.announce(session)
             code = execution.code.encode("utf-8", "surrogatepass")
             await session.send({"type": "execute", "id": cell}, code)
             return None

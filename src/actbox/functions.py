@@ -242,7 +242,7 @@ class Registry:
         self.add(functions, None)
 
     async def announce(self, session: Session) -> None:
-        """Tell a kernel that is about to get a cell, unless it knows."""
+        """Tell a kernel that is about to get a request, unless it knows."""
         if self._session is not session:
             self._session, self._told = session, -1
         if self._told != self._version:

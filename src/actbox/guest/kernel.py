@@ -78,7 +78,9 @@ class Kernel:
         self._transfers = Transfers(self._channel, self._interrupts, self._receive)
         self._variables = variables.Variables(self._channel, self._interrupts, self._receive, shell)
         self._calls = Calls(stream, self._decoder, self._channel, self._interrupts, shell)
-        self._saving = saving.Saving(self._channel, self._interrupts, self._receive, shell)
+        self._saving = saving.Saving(
+            self._channel, self._interrupts, self._receive, shell, own=lambda: self._folder.root
+        )
 
     def serve(self, start: dict[str, Any]) -> None:
         """Run cells until the host closes the stream; never returns to the caller's code in a forked child."""
@@ -107,6 +109,7 @@ class Kernel:
         if kind == "execute":
             self._answer(frame, self._run_cell)
         elif kind == "functions":
+            # Where a cell has broken Python itself the functions are missing, and calling one says so.
             with contextlib.suppress(Exception):
                 self._calls.install(frame)
         elif kind in REQUESTS:

@@ -53,13 +53,21 @@ class _TooLarge(Exception):
 
 
 class Saving:
-    """Serves requests to save and restore; arguments as of `Variables`."""
+    """Serves requests to save and restore; arguments as of `Variables`, and `own` tells the session's own folder."""
 
-    def __init__(self, channel: Channel, interrupts: Interrupts, receive: Callable[[], Frame], shell: Shell) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        interrupts: Interrupts,
+        receive: Callable[[], Frame],
+        shell: Shell,
+        own: Callable[[], str],
+    ) -> None:
         self._channel = channel
         self._interrupts = interrupts
         self._receive = receive
         self._shell = shell
+        self._own = own
 
     def serve(self, request: dict[str, Any]) -> None:
         """Carry out a request.
@@ -89,10 +97,7 @@ class Saving:
             state = {name: value for name, value in state.items() if name not in left_out}
         if len(state) + len(modules) > _MAX_NAMES:
             raise StateRefused(f"there are more than {_MAX_NAMES} variables; put them into a dict")
-        try:
-            cwd = os.getcwd()
-        except OSError:
-            cwd = None
+        cwd = _cwd(self._own())
         head = _json({"library": _library(), "python": sys.version_info[:2], "modules": modules, "cwd": cwd})
         send = _Sender(self._channel, number)
         send.write(_report([*modules, *state], left_out))
@@ -160,10 +165,11 @@ class Saving:
             raise StateRefused(_in_words(exc)) from exc
         left_out: dict[str, str] = {}
         if head["cwd"] is not None:
+            cwd = os.path.normpath(os.path.join(self._own(), head["cwd"]))
             try:
-                os.chdir(head["cwd"])
-            except OSError as exc:
-                left_out["os.getcwd()"] = f"{head['cwd']}: {exc.strerror}"
+                os.chdir(cwd)
+            except (OSError, ValueError) as exc:
+                left_out["os.getcwd()"] = f"{cwd}: {getattr(exc, 'strerror', exc)}"
         send = _Sender(self._channel, number)
         send.write(_report(list(found), left_out))
         send.flush()
@@ -187,6 +193,15 @@ class Saving:
         if library == "cloudpickle":
             values.need("cloudpickle", "it was saved with cloudpickle")
         return head
+
+
+def _cwd(own: str) -> str | None:
+    """The working folder; one in the session's own folder as the way from there, where every session has its own."""
+    try:
+        cwd = os.getcwd()
+    except OSError:
+        return None
+    return os.path.relpath(cwd, own) if os.path.commonpath((cwd, own)) == own else cwd
 
 
 def _json(value: object) -> bytes:
