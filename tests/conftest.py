@@ -10,14 +10,16 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import sandboxes
+from connections import BY_THE_PORT, SECONDS
 from hypothesis import settings
 
 from actbox import (
     ActboxError,
+    AttachedClient,
     CodeExecutionContainer,
     CodeExecutor,
     EnvironmentBuildError,
@@ -156,6 +158,38 @@ def make_executor(
         return CodeExecutor(f"key-{next(_numbers)}", container.workspace, container.port)
 
     return make
+
+
+@pytest.fixture
+def session_name(key: str) -> str:
+    """The name of a named session, which no other test has."""
+    return f"named {key}"
+
+
+@pytest.fixture(params=["in this process", "by the port"])
+def attach(
+    request: pytest.FixtureRequest, container: CodeExecutionContainer, session_name: str
+) -> Callable[..., AttachedClient]:
+    """Makes clients of one named session, of both kinds."""
+
+    def make(**arguments: Any) -> AttachedClient:
+        if request.param == "by the port":
+            arguments = {"host": BY_THE_PORT, "token": container.token, **arguments}
+        return AttachedClient(container.port, session_name, **arguments)
+
+    return make
+
+
+@pytest.fixture
+async def no_named_sessions(container: CodeExecutionContainer) -> AsyncIterator[None]:
+    """Ends what a test has left, and sees to it that no kernel of a named session stays behind."""
+    yield
+    for kept in container.kept_sessions:
+        async with AttachedClient(container.port, kept, take_over=True) as client:
+            await client.end()
+    async with asyncio.timeout(SECONDS):
+        while "0 sessions" not in repr(container):  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.005)
 
 
 @pytest.fixture

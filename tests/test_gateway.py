@@ -9,9 +9,10 @@ import os
 import socket
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from connections import BY_THE_PORT, Raw
 
 from actbox import (
     CodeExecutionContainer,
@@ -35,8 +36,6 @@ pytestmark = pytest.mark.anyio
 
 SECONDS = 10.0
 GRACE = 0.3
-# Another spelling of 127.0.0.1: a client that uses it does not find the container's door in this process.
-BY_THE_PORT = "127.1"
 SLEEP = "import time; print('asleep', flush=True); time.sleep(60)"
 FLOOD = "while True: print('x' * 1000)"
 
@@ -63,49 +62,6 @@ async def main(port, token, key, workspace, cells):
 
 asyncio.run(main(**json.load(sys.stdin)))
 """
-
-
-class Raw:
-    """A connection to the port that speaks in bytes and frames."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._decoder = frames.Decoder()
-
-    async def __aenter__(self) -> Self:
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self._port)
-        return self
-
-    async def __aexit__(self, *_exc: object) -> None:
-        self.writer.transport.abort()
-        with contextlib.suppress(OSError):
-            await self.writer.wait_closed()
-
-    def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
-        self.writer.write(frames.encode(header, payload))
-
-    async def receive(self) -> dict[str, Any] | None:
-        """The next frame's header; None at the end."""
-        async with asyncio.timeout(SECONDS):
-            while (frame := self._decoder.next_frame()) is None:
-                try:
-                    data = await self.reader.read(1 << 16)
-                except OSError:
-                    return None
-                if not data:
-                    return None
-                self._decoder.feed(data)
-        return frame.header
-
-    async def is_closed_within(self, seconds: float) -> bool:
-        """Whether the other side closes the connection, without a word."""
-        try:
-            async with asyncio.timeout(seconds):
-                return await self.reader.read(1) == b""
-        except TimeoutError:
-            return False
-        except OSError:
-            return True
 
 
 @pytest.fixture
@@ -727,6 +683,37 @@ async def test_a_kernel_that_breaks_the_rules_behind_the_gateway_loses_its_own_s
 
 
 # -- forks -----------------------------------------------------------------------------------------------------------
+
+
+async def test_by_the_port_a_kernel_that_takes_no_upload_is_killed_in_time(
+    remote: CodeExecutor, tmp_path: Path
+) -> None:
+    """An order to the gateway does not wait behind pieces that the kernel does not read."""
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(64 << 20)
+    await remote.execute(
+        "import signal, time\nfrom actbox_guest.guest import transfer\n"
+        "def deaf(self, request):\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    time.sleep(999)\n"
+        "transfer.Transfers.serve = deaf",
+        SECONDS,
+    )
+    async with asyncio.timeout(SECONDS):
+        with pytest.raises(ExecutionTimeout) as caught:
+            await remote.upload_file("/tmp/large", tmp_path / "large", timeout=0.5)
+    assert not caught.value.state_kept
+    assert (await remote.execute("print(1)", SECONDS)).text == "1"
+
+
+async def test_a_client_that_does_not_wait_for_its_pieces_to_be_taken_is_shut_out(
+    container: CodeExecutionContainer,
+) -> None:
+    async with Raw(container.port) as raw:
+        await admitted(raw, container)
+        raw.send({"type": "execute", "id": 1}, SLEEP.encode())
+        for _ in range(1000):
+            raw.send({"type": "archive", "id": 2}, bytes(1 << 14))
+        while (answer := await raw.receive()) is not None:
+            assert answer["type"] in ("stream", "taken")
 
 
 async def test_a_ticket_is_for_one_fork_and_no_other_is_one(small: CodeExecutionContainer, key: str) -> None:

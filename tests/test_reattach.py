@@ -10,9 +10,10 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from connections import BY_THE_PORT, RawAttached, Relay
 from sandboxes import supervisors
 
 from actbox import (
@@ -39,16 +40,13 @@ from actbox import (
 )
 from actbox.events import Finished, KernelRestarted, Lost, Stream
 from actbox.journal import Journal
-from actbox.protocol import frames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import Callable, Coroutine
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("no_named_sessions")]
 
 BOUND = 15.0
-# Another spelling of 127.0.0.1: a client that uses it does not find the container's door in this process.
-BY_THE_PORT = "127.1"
 SLEEP = "print('on', flush=True); import time; time.sleep(999)"
 # What a cell of a conversation puts out: text, a display of each form, and how often it has run.
 TALK = """
@@ -62,155 +60,6 @@ runs
 """
 
 Talk = tuple[list[Any], ExecutionResult]
-
-
-class Relay:
-    """A port in front of a container's that cuts connections.
-
-    `toward` a side ("gateway" or "client") only `left` more bytes are let through; then both sides are cut, once, or
-    with `every` the same again for each connection. While there were fewer than `mute_until` connections nothing gets
-    through, and nobody is told. State: `passed`, how many bytes went each way.
-    """
-
-    def __init__(self, port: int) -> None:
-        self._to = port
-        self._server: asyncio.Server | None = None
-        self._pumps: set[asyncio.Task[None]] = set()
-        self.port = 0
-        self.passed = {"gateway": 0, "client": 0}
-        self.connections = 0
-        self.toward = ""
-        self.left = 0
-        self.every: int | None = None
-        self.mute_until = 0
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *_exc: object) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in list(self._pumps):
-            task.cancel()
-        if self._pumps:
-            await asyncio.wait(self._pumps)
-
-    def cut(self, toward: str, after: int) -> None:
-        self.toward, self.left = toward, after
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        if self.every is not None:
-            self.left = self.every
-        there, back = await asyncio.open_connection("127.0.0.1", self._to)
-        both = (writer, back)
-        for source, sink, side in ((reader, back, "gateway"), (there, writer, "client")):
-            task = asyncio.create_task(self._pump(source, sink, side, both))
-            self._pumps.add(task)
-            task.add_done_callback(self._pumps.discard)
-
-    async def _pump(
-        self,
-        source: asyncio.StreamReader,
-        sink: asyncio.StreamWriter,
-        side: str,
-        both: tuple[asyncio.StreamWriter, ...],
-    ) -> None:
-        try:
-            with contextlib.suppress(OSError):
-                while data := await source.read(1 << 16):
-                    if self.connections < self.mute_until:
-                        continue
-                    is_cut = side == self.toward and len(data) >= self.left
-                    if side == self.toward:
-                        data = data[: self.left]
-                        self.left -= len(data)
-                    self.passed[side] += len(data)
-                    sink.write(data)
-                    await sink.drain()
-                    if is_cut:
-                        self.toward = "" if self.every is None else self.toward
-                        break
-        finally:
-            for writer in both:
-                writer.close()
-
-
-class Raw:
-    """A connection to the port that speaks in frames."""
-
-    def __init__(self, container: ExecutionContainer, **wish: Any) -> None:
-        self._port = container.port
-        self._decoder = frames.Decoder()
-        self.hello: dict[str, Any] = {
-            "type": "hello",
-            "token": container.token,
-            "attach": "raw",
-            "client": "c",
-            "key": None,
-            "ttl": 60,
-            "drive": True,
-            "take_over": True,
-            "incarnation": None,
-            **wish,
-        }
-
-    async def __aenter__(self) -> Self:
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self._port)
-        self.send(self.hello)
-        return self
-
-    async def __aexit__(self, *_exc: object) -> None:
-        self.writer.transport.abort()
-        with contextlib.suppress(OSError):
-            await self.writer.wait_closed()
-
-    def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
-        self.writer.write(frames.encode(header, payload))
-
-    async def receive(self) -> dict[str, Any] | None:
-        async with asyncio.timeout(BOUND):
-            while (frame := self._decoder.next_frame()) is None:
-                try:
-                    data = await self.reader.read(1 << 16)
-                except OSError:
-                    return None
-                if not data:
-                    return None
-                self._decoder.feed(data)
-        return frame.header
-
-
-@pytest.fixture
-def name(key: str) -> str:
-    """A session's name that no other test has."""
-    return f"named {key}"
-
-
-@pytest.fixture(params=["in this process", "by the port"])
-def attach(
-    request: pytest.FixtureRequest, container: CodeExecutionContainer, name: str
-) -> Callable[..., AttachedClient]:
-    """Makes clients of one session, of both kinds."""
-
-    def make(**arguments: Any) -> AttachedClient:
-        if request.param == "by the port":
-            arguments = {"host": BY_THE_PORT, "token": container.token, **arguments}
-        return AttachedClient(container.port, name, **arguments)
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-async def nothing_is_left(container: CodeExecutionContainer) -> AsyncIterator[None]:
-    """Ends what a test has left, and sees to it that no kernel of a named session stays behind."""
-    yield
-    for kept in container.kept_sessions:
-        async with AttachedClient(container.port, kept, take_over=True) as client:
-            await client.end()
-    await until(lambda: "0 sessions" in repr(container))
 
 
 def resident() -> int:
@@ -382,14 +231,16 @@ asyncio.run(main(**json.load(sys.stdin)))
 """
 
 
-async def test_a_session_outlives_the_process_that_drove_it(container: CodeExecutionContainer, name: str) -> None:
+async def test_a_session_outlives_the_process_that_drove_it(
+    container: CodeExecutionContainer, session_name: str
+) -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", OTHER_PROCESS, stdin=asyncio.subprocess.PIPE)
     code = "import time\nx = 1\nfor n in range(20):\n    print(n, flush=True); time.sleep(0.02)"
-    arguments = {"port": container.port, "token": container.token, "name": name, "code": code}
+    arguments = {"port": container.port, "token": container.token, "name": session_name, "code": code}
     async with asyncio.timeout(BOUND):
         await process.communicate(json.dumps(arguments).encode())
     assert process.returncode == -signal.SIGKILL
-    async with AttachedClient(container.port, name, take_over=True) as client:
+    async with AttachedClient(container.port, session_name, take_over=True) as client:
         result = await client.execution("from afar").result(BOUND)
         assert result.text == "\n".join(map(str, range(20)))
         assert (await client.execute("x")).text == "1"
@@ -478,7 +329,7 @@ async def test_records_are_dropped_for_newer_ones_and_their_cells_never_run_agai
 
 async def test_a_reader_who_does_not_read_holds_up_nobody(container: CodeExecutionContainer) -> None:
     loud = b"display({'image/png': bytes(8 << 20)}, raw=True); print('x' * (2 << 20))"
-    async with Raw(container) as slow:
+    async with RawAttached(container) as slow:
         assert (await slow.receive() or {}).get("type") == "welcome"
         slow.send({"type": "submit", "n": 1, "execution": "loud", "timeout": BOUND}, loud)
         assert (await slow.receive() or {}).get("type") == "done"
@@ -499,12 +350,12 @@ async def test_a_reader_who_does_not_read_holds_up_nobody(container: CodeExecuti
         assert (await client.execute("1")).text == "1"
 
 
-async def test_readers_share_what_they_read(container: CodeExecutionContainer, name: str) -> None:
-    async with AttachedClient(container.port, name) as driver, contextlib.AsyncExitStack() as stack:
+async def test_readers_share_what_they_read(container: CodeExecutionContainer, session_name: str) -> None:
+    async with AttachedClient(container.port, session_name) as driver, contextlib.AsyncExitStack() as stack:
         execution = await driver.submit(TALK)
         kept = await events_of(execution)
         for _ in range(5):
-            watcher = await stack.enter_async_context(AttachedClient(container.port, name, drive=False))
+            watcher = await stack.enter_async_context(AttachedClient(container.port, session_name, drive=False))
             read = await events_of(watcher.execution(execution.id))
             assert all(one is other for (_, one), (_, other) in zip(read, kept, strict=True))
 
@@ -513,11 +364,11 @@ async def test_readers_share_what_they_read(container: CodeExecutionContainer, n
 
 
 async def test_a_session_ends_with_its_time_to_live(
-    attach: Callable[..., AttachedClient], container: CodeExecutionContainer, name: str
+    attach: Callable[..., AttachedClient], container: CodeExecutionContainer, session_name: str
 ) -> None:
     async with attach(ttl=0.15) as client:
         await client.submit(SLEEP)
-    await until(lambda: name not in container.kept_sessions)
+    await until(lambda: session_name not in container.kept_sessions)
     with pytest.raises(SessionGone, match="none of this name"):
         async with attach(drive=False):
             pass
@@ -592,9 +443,9 @@ async def test_a_sandbox_that_goes_is_told_of_as_to_a_plain_client(engine: str, 
             await client.execute("1")
 
 
-async def test_a_line_that_cannot_be_mended_is_given_up(container: CodeExecutionContainer, name: str) -> None:
+async def test_a_line_that_cannot_be_mended_is_given_up(container: CodeExecutionContainer, session_name: str) -> None:
     async with Relay(container.port) as relay:
-        client = AttachedClient(relay.port, name, token=container.token, patience=0.2)
+        client = AttachedClient(relay.port, session_name, token=container.token, patience=0.2)
         async with client:
             execution = await client.submit(SLEEP)
             relay.every = 1
@@ -604,7 +455,7 @@ async def test_a_line_that_cannot_be_mended_is_given_up(container: CodeExecution
             relay.toward, relay.every = "", None
             await execution.interrupt()
     with pytest.raises(ConnectionError, match="no container answers"):
-        async with asyncio.timeout(BOUND), AttachedClient(relay.port, name, token=container.token):
+        async with asyncio.timeout(BOUND), AttachedClient(relay.port, session_name, token=container.token):
             pass
 
 
@@ -620,17 +471,17 @@ async def converse(port: int, container: ExecutionContainer, name: str, id: str)
 
 @pytest.mark.parametrize("toward", ["gateway", "client"])
 async def test_cut_at_any_byte_nothing_is_lost_or_doubled(
-    container: CodeExecutionContainer, name: str, toward: str
+    container: CodeExecutionContainer, session_name: str, toward: str
 ) -> None:
-    async with Relay(container.port) as relay, AttachedClient(container.port, name) as watcher:
-        await converse(relay.port, container, name, "talk 000")
+    async with Relay(container.port) as relay, AttachedClient(container.port, session_name) as watcher:
+        await converse(relay.port, container, session_name, "talk 000")
         whole = dict(relay.passed)
         points = range(1, whole[toward] + 1, max(1, whole[toward] // 220))
         assert len(points) >= 220
         for run, point in enumerate(points, 1):
             connections = relay.connections
             relay.cut(toward, point)
-            told = await converse(relay.port, container, name, f"talk {run:03}")
+            told = await converse(relay.port, container, session_name, f"talk {run:03}")
             kept = watcher.execution(f"talk {run:03}")
             assert told == (await events_of(kept), await kept.result())
             assert [number for number, _ in told[0]] == list(range(1, len(told[0]) + 1))
@@ -638,7 +489,7 @@ async def test_cut_at_any_byte_nothing_is_lost_or_doubled(
             # Only what comes behind the last answer can be cut unnoticed.
             assert relay.connections - connections == 2 or point > whole[toward] * 0.8
         # As many as were submitted, whatever was sent twice.
-        assert await value(container, name, "runs") == str(len(points) + 1)
+        assert await value(container, session_name, "runs") == str(len(points) + 1)
 
 
 async def value(container: ExecutionContainer, name: str, expression: str) -> str | None:
@@ -648,33 +499,33 @@ async def value(container: ExecutionContainer, name: str, expression: str) -> st
 
 @pytest.mark.parametrize("toward", ["gateway", "client"])
 async def test_cut_while_a_session_is_made_or_ended_there_is_one_and_then_none(
-    container: CodeExecutionContainer, name: str, toward: str
+    container: CodeExecutionContainer, session_name: str, toward: str
 ) -> None:
-    async def live(port: int, name: str) -> None:
-        async with AttachedClient(port, name, token=container.token) as client:
+    async def live(port: int, session_name: str) -> None:
+        async with AttachedClient(port, session_name, token=container.token) as client:
             assert (await client.execute(TALK)).text == "said 1\né😀\nplain\n1"
             await client.end()
 
     async with Relay(container.port) as relay:
-        await live(relay.port, name)
+        await live(relay.port, session_name)
         whole = relay.passed[toward]
         for point in range(1, whole + 1, max(1, whole // 12)):
             relay.cut(toward, point)
-            await live(relay.port, f"{name} {point}")
+            await live(relay.port, f"{session_name} {point}")
             relay.toward = ""
             assert container.kept_sessions == ()
     await until(lambda: "0 sessions" in repr(container))
 
 
 async def test_a_long_replay_comes_through_though_every_connection_breaks(
-    container: CodeExecutionContainer, name: str
+    container: CodeExecutionContainer, session_name: str
 ) -> None:
-    async with Relay(container.port) as relay, AttachedClient(container.port, name) as driver:
+    async with Relay(container.port) as relay, AttachedClient(container.port, session_name) as driver:
         execution = await driver.submit("for n in range(300): display(n)")
         await execution.result()
         relay.every = 3000
         relay.cut("client", 3000)
-        watcher = AttachedClient(relay.port, name, token=container.token, drive=False)
+        watcher = AttachedClient(relay.port, session_name, token=container.token, drive=False)
         async with watcher:
             found: list[Any] = []
             async for numbered in watcher.execution(execution.id).events():
@@ -685,9 +536,11 @@ async def test_a_long_replay_comes_through_though_every_connection_breaks(
         assert relay.connections > 10
 
 
-async def test_a_connection_that_has_gone_silent_is_made_anew(container: CodeExecutionContainer, name: str) -> None:
+async def test_a_connection_that_has_gone_silent_is_made_anew(
+    container: CodeExecutionContainer, session_name: str
+) -> None:
     async with Relay(container.port) as relay:
-        client = AttachedClient(relay.port, name, token=container.token, heartbeat_interval=0.05)
+        client = AttachedClient(relay.port, session_name, token=container.token, heartbeat_interval=0.05)
         async with client:
             execution = await client.submit("import time; time.sleep(0.1); print('heard')")
             relay.mute_until = 2
@@ -699,7 +552,7 @@ async def test_a_client_that_has_gone_silent_drives_no_longer(
     container: CodeExecutionContainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(desk, "IDLE_SECONDS", 0.2)
-    async with Raw(container) as raw:
+    async with RawAttached(container) as raw:
         assert (await raw.receive() or {}).get("type") == "welcome"
         with pytest.raises(DriveRefused):
             async with AttachedClient(container.port, "raw"):
@@ -710,14 +563,14 @@ async def test_a_client_that_has_gone_silent_drives_no_longer(
 
 
 async def test_who_was_cut_off_and_relieved_meanwhile_may_go_on_watching(
-    container: CodeExecutionContainer, name: str
+    container: CodeExecutionContainer, session_name: str
 ) -> None:
     async with Relay(container.port) as relay:
-        first = AttachedClient(relay.port, name, token=container.token)
+        first = AttachedClient(relay.port, session_name, token=container.token)
         async with first:
             execution = await first.submit(SLEEP)
             waiting = asyncio.create_task(execution.result())
-            async with AttachedClient(container.port, name, take_over=True) as second:
+            async with AttachedClient(container.port, session_name, take_over=True) as second:
                 relay.cut("gateway", 1)
                 with pytest.raises(DriveRefused):
                     await first.submit("1")
@@ -769,7 +622,7 @@ BAD_REQUESTS: list[dict[str, Any]] = [
 async def test_a_wish_that_cannot_be_granted_is_refused_and_nothing_is_made(
     container: CodeExecutionContainer, wish: dict[str, Any]
 ) -> None:
-    async with Raw(container, **wish) as raw:
+    async with RawAttached(container, **wish) as raw:
         answer = await raw.receive()
         assert answer is not None
         assert answer["type"] == "refused"
@@ -777,11 +630,11 @@ async def test_a_wish_that_cannot_be_granted_is_refused_and_nothing_is_made(
     assert container.kept_sessions == ()
 
 
-async def test_without_the_token_nobody_is_attached(container: CodeExecutionContainer, name: str) -> None:
-    async with Raw(container, token="wrong") as raw:
+async def test_without_the_token_nobody_is_attached(container: CodeExecutionContainer, session_name: str) -> None:
+    async with RawAttached(container, token="wrong") as raw:
         assert await raw.receive() == {"type": "refused", "reason": "the token is missing or wrong"}
     with pytest.raises(ConnectionError, match="token is missing or wrong"):
-        async with AttachedClient(container.port, name, host=BY_THE_PORT, token="wrong"):
+        async with AttachedClient(container.port, session_name, host=BY_THE_PORT, token="wrong"):
             pass
     assert container.kept_sessions == ()
 
@@ -790,11 +643,11 @@ async def test_who_breaks_the_rules_is_cut_off_and_the_session_goes_on(container
     async with AttachedClient(container.port, "raw", drive=True) as driver:
         await driver.execute("x = 1")
         for bad in BAD_REQUESTS:
-            async with Raw(container, drive=False, take_over=False) as raw:
+            async with RawAttached(container, drive=False, take_over=False) as raw:
                 assert (await raw.receive() or {}).get("type") == "welcome"
                 raw.send(bad)
                 assert await raw.receive() is None, bad
-        async with Raw(container, drive=False, take_over=False) as raw:
+        async with RawAttached(container, drive=False, take_over=False) as raw:
             await raw.receive()
             await driver.submit(SLEEP, id="sleep")
             for number in range(1, 300):
@@ -805,7 +658,7 @@ async def test_who_breaks_the_rules_is_cut_off_and_the_session_goes_on(container
 
 
 async def test_bad_values_are_refused_one_by_one(container: CodeExecutionContainer) -> None:
-    async with Raw(container) as raw:
+    async with RawAttached(container) as raw:
         assert (await raw.receive() or {}).get("type") == "welcome"
         for number, (header, kind) in enumerate(
             [

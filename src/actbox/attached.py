@@ -7,6 +7,7 @@ import secrets
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from actbox import sessions
+from actbox.connecting import Address
 from actbox.errors import (
     ConnectionError,
     ExecutionLost,
@@ -17,29 +18,39 @@ from actbox.errors import (
 )
 from actbox.execution import check_timeout, conclude
 from actbox.lines import Wish, check_name
-from actbox.rejoining import Address, Rejoining
+from actbox.rejoining import Rejoining
+from actbox.saving import Saving
 from actbox.shielded import finish
+from actbox.transfer import FileTransfers
+from actbox.variables import Variables
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
     from types import TracebackType
 
     from actbox.events import Outcome
+    from actbox.execution import Transfer
     from actbox.journal import Numbered
     from actbox.lines import Ending, Line, Standing
     from actbox.result import ExecutionResult
 
 T = TypeVar("T")
 _MAX_CODE = 16 << 20
+# Seconds: a gateway takes who says nothing for 90 for gone.
+_LONGEST_BEAT = 25.0
 _LONGEST = 1e9
 
 
-class AttachedClient:
+class AttachedClient(FileTransfers, Variables, Saving):
     """A client of a session that has a name: attached on entering the context, detached on leaving it.
 
     The session lives in the process that runs the container. It is made by the first client that would drive it, goes
     on when that leaves or its process ends, and ends with `end`, with its time to live, or with the container. What
     cells put out meanwhile is kept in a journal for whoever comes next. Any number of clients may watch, one may drive.
+
+    Files, variables and saved states go in and out as with `ExecutionClient`, and only for the client that drives. Such
+    a transfer is bound to its client: it ends when that leaves, and is `ExecutionLost` if its connection breaks. It has
+    no id and no journal.
 
     One client belongs to one event loop; its methods may be called by any number of that loop's tasks.
 
@@ -123,7 +134,9 @@ class AttachedClient:
             raise ConnectionError(
                 f"no container of this process has port {self.port}; to reach one of another process pass its token"
             )
-        line = Rejoining(Address(self.host, self.port, self._token, self._heartbeat, self._patience), self._wish)
+        line = Rejoining(
+            Address(self.host, self.port, self._token, min(self._heartbeat, _LONGEST_BEAT)), self._wish, self._patience
+        )
         try:
             await line.open()
         except BaseException:
@@ -188,6 +201,20 @@ class AttachedClient:
     def execution(self, id: str) -> AttachedExecution:  # noqa: A002
         """The execution of this id, whoever submitted it. Whether there is one shows when something of it is asked."""
         return AttachedExecution(self.line, id)
+
+    def check_connected(self) -> None:
+        """See `FileTransfers`."""
+        self.line()
+
+    async def carry_out(self, transfer: Transfer, timeout: float) -> None:
+        """See `FileTransfers`."""
+        try:
+            ending = await self.line().carry(transfer, timeout)
+        except (SessionGone, ConnectionError) as exc:
+            if isinstance(exc, ExecutionLost):
+                raise
+            raise ExecutionLost(f"{exc}: it is unknown whether the transfer had its effects") from exc
+        conclude(ending.outcome, ending.result, "transfer")
 
     def line(self) -> Line:
         """How to reach the session. Raises `StateError` unless attached."""

@@ -211,9 +211,13 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
             raise StateError("this client is not connected: use `async with`, or await connect()")
 
     def submit_transfer(self, transfer: Transfer) -> Execution:
-        """See `FileTransfers`."""
+        """Put a transfer behind the cells and transfers submitted before; raises `StateError` unless connected."""
         self.check_connected()
         return self._enqueue(Execution(self, "", self.keep_image, transfer))
+
+    async def carry_out(self, transfer: Transfer, timeout: float) -> None:
+        """See `FileTransfers`."""
+        await self.submit_transfer(transfer).result(timeout)
 
     def _enqueue(self, execution: Execution) -> Execution:
         execution.keep_text = self.keep_text

@@ -347,6 +347,10 @@ class ExecutionContainer:
             raise ConnectionError(f"the container is {self._state}")
         return await self._keeper.attach(wish)
 
+    def attached(self, wish: Wish) -> Attachment:
+        """The place of a client that is attached; called by the gateway. Raises `SessionGone`, `StateError`."""
+        return self._keeper.attached(wish)
+
     @property
     def kept_sessions(self) -> tuple[str, ...]:
         """The names of the sessions that are kept for `AttachedClient`, with or without one at present."""

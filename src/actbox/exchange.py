@@ -17,7 +17,7 @@ from actbox.values import MAX_HEADER, PREFIX
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from actbox.execution import Execution, Transfer
+    from actbox.execution import Transfer
 
     Send = Callable[[dict[str, Any], bytes], Awaitable[None]]
 
@@ -26,22 +26,21 @@ PIECE = 256 << 10
 
 
 class Exchanges(ABC):
-    """What `ExecutionClient` offers to those of its methods that exchange values with a session."""
+    """What a client offers to those of its methods that exchange values with a session."""
 
     @abstractmethod
     def check_connected(self) -> None:
         """Raises `StateError` unless requests can be submitted."""
 
     @abstractmethod
-    def submit_transfer(self, transfer: Transfer) -> Execution:
-        """Put a request behind the cells and transfers submitted before."""
+    async def carry_out(self, transfer: Transfer, timeout: float) -> None:
+        """Have a request carried out behind the cells and transfers submitted before; raises as `Execution.result`."""
 
     async def exchange(self, exchange: Exchange, timeout: float) -> None:
         """Have a request carried out. Raises what an execution does, or the request's own refusal."""
         check_timeout(timeout)
-        execution = self.submit_transfer(exchange)
         try:
-            await execution.result(timeout)
+            await self.carry_out(exchange, timeout)
         except ActboxError as exc:
             if exchange.failure is not None:
                 raise exchange.failure from exc

@@ -17,7 +17,7 @@ import secrets
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actbox import desk, dialogue
+from actbox import carrying, connecting, desk, dialogue
 from actbox.errors import ActboxError, ConnectionError, ProtocolError
 from actbox.link import Link
 from actbox.protocol import frames
@@ -37,7 +37,7 @@ _HELLO_SECONDS = 5.0
 _HELLO_PAYLOAD = 4096
 _MAX_STRANGERS = 64
 # What a gateway says itself; a kernel that says it lies.
-_GATEWAY_TYPES = frozenset({"welcome", "refused", "exited", "pong", "overrun", "branch"})
+_GATEWAY_TYPES = frozenset({"welcome", "refused", "exited", "pong", "overrun", "branch", "taken"})
 _TICKET_SECONDS = 30.0
 # What a kernel is asked for; it gets nothing else from a client.
 _REQUESTS = frozenset(
@@ -47,6 +47,8 @@ _REQUESTS = frozenset(
         *("fork", "settle", "clear"),
     }
 )
+# What may wait for a kernel: the pieces that a client has on their way, and a few requests behind them.
+_MOST_WAITING = connecting.PIECES + 8
 _EXIT_SECONDS = 5.0
 _MAX_CELL = 1 << 53
 
@@ -141,15 +143,20 @@ class Gateway:
             link.close()
 
     async def _attend(self, link: Link, hello: dict[str, Any]) -> None:
-        """Serve a client that would be attached to a named session."""
+        """Serve a client that would be attached to a named session, or is and would have something carried."""
+        is_attached = "carry" in hello
         try:
-            line = await self._door.attach(dialogue.read_wish(hello))
+            wish = dialogue.read_wish(hello)
+            line = self._door.attached(wish) if is_attached else await self._door.attach(wish)
         except ActboxError as exc:
             refusal = dialogue.refusal_frame(exc)
             await link.send(refusal.header)
             await link.close_gracefully()
             return
-        await desk.serve(link, line)
+        if is_attached:
+            await carrying.serve(link, line, hello)
+        else:
+            await desk.serve(link, line)
 
     async def _session_for(self, hello: dict[str, Any]) -> Session:
         ticket = hello.get("ticket")
@@ -206,30 +213,46 @@ class Gateway:
         await link.close_gracefully()
 
     async def _inward(self, link: Link, session: Session) -> None:
-        """What the client says: cells and transfers for the kernel, orders for us."""
-        answering: set[asyncio.Task[None]] = set()
-        while (frame := await link.receive()) is not None:
-            header = frame.header
-            match header:
-                case {"type": str(kind)} if kind in _REQUESTS:
-                    # A kernel that died meanwhile is told of by the other direction.
-                    with contextlib.suppress(OSError):
-                        await session.send(header, frame.payload)
-                case {"type": "call_result"}:
-                    # The kernel may be long in reading it, and an order that comes behind it must not wait for that.
-                    task = asyncio.create_task(_try_to_send(session, header, frame.payload))
-                    answering.add(task)
-                    task.add_done_callback(answering.discard)
-                case {"type": "interrupt", "cell": int(cell)} if 0 < cell < _MAX_CELL:
-                    session.interrupt(cell)
-                case {"type": "kill"}:
-                    session.kill()
-                case {"type": "branch"}:
-                    await link.send(await self._issue_ticket(session))
-                case {"type": "ping"}:
-                    await link.send({"type": "pong"})
-                case _:
-                    return
+        """What the client says: cells and transfers for the kernel, which may be long in reading, orders for us."""
+        waiting: asyncio.Queue[Frame] = asyncio.Queue(_MOST_WAITING)
+        beside = {asyncio.create_task(_pass_on(waiting, session, link))}
+        try:
+            while (frame := await link.receive()) is not None:
+                header = frame.header
+                match header:
+                    case {"type": str(kind)} if kind in _REQUESTS:
+                        waiting.put_nowait(frame)
+                    case {"type": "call_result"}:
+                        # The kernel may be long in reading it, and what comes behind it must not wait for that.
+                        task = asyncio.create_task(_try_to_send(session, header, frame.payload))
+                        beside.add(task)
+                        task.add_done_callback(beside.discard)
+                    case {"type": "interrupt", "cell": int(cell)} if 0 < cell < _MAX_CELL:
+                        session.interrupt(cell)
+                    case {"type": "kill"}:
+                        session.kill()
+                    case {"type": "branch"}:
+                        await link.send(await self._issue_ticket(session))
+                    case {"type": "ping"}:
+                        await link.send({"type": "pong"})
+                    case _:
+                        return
+        except asyncio.QueueFull:
+            # A client that does not wait for its pieces to be taken is none of ours.
+            return
+        finally:
+            for task in beside:
+                task.cancel()
+
+
+async def _pass_on(waiting: asyncio.Queue[Frame], session: Session, link: Link) -> None:
+    """Give the kernel what is for it, in turn, and say of each piece of an upload that there is room for another."""
+    while True:
+        frame = await waiting.get()
+        # A kernel that died meanwhile is told of by the other direction.
+        await _try_to_send(session, frame.header, frame.payload)
+        if frame.header.get("type") == "archive":
+            await _try_to_send(link, {"type": "taken"})
 
 
 def _telling(link: Link) -> Callable[[Overrun], None]:

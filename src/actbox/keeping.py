@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from actbox.client import ExecutionClient
-    from actbox.execution import Execution
+    from actbox.execution import Execution, Transfer
     from actbox.lines import Wish
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,13 @@ class Keeper:
             await attachment.leave()
             raise
         return attachment
+
+    def attached(self, wish: Wish) -> Attachment:
+        """The place of a client that is attached. Raises `SessionGone`, `StateError`."""
+        session = self._sessions.get(wish.name)
+        if session is None or session.incarnation != wish.incarnation:
+            raise SessionGone(wish.name, self._endings.get(wish.incarnation or "", "it has ended"))
+        return session.place_of(wish.client)
 
     def _make(self, wish: Wish) -> _Session:
         if not wish.drive:
@@ -251,6 +258,13 @@ class _Session:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        return attachment
+
+    def place_of(self, client: str) -> Attachment:
+        """See `Keeper.attached`."""
+        attachment = self._clients.get(client)
+        if attachment is None:
+            raise StateError("this client is not attached")
         return attachment
 
     def part(self, attachment: Attachment) -> None:
@@ -411,6 +425,18 @@ class Attachment:
         self._check_drives()
         if kept.execution is not None:
             self._session.client.stop(kept.execution, "interrupt")
+
+    async def carry(self, transfer: Transfer, timeout: float) -> Ending:
+        self._check()
+        self._check_drives()
+        execution = self._session.client.submit_transfer(transfer)
+        try:
+            await execution.result(timeout)
+        except ActboxError:
+            if execution.outcome is None:
+                raise
+        assert execution.outcome is not None  # noqa: S101 - what result returns after
+        return Ending(execution.outcome, execution.so_far())
 
     async def executions(self) -> list[Standing]:
         self._check()

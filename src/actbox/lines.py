@@ -1,7 +1,7 @@
 """The contract between a client and a session that is kept for it, whatever lies between the two.
 
 In the container's own process it is kept by the session itself (`keeping`); elsewhere by a line over TCP that mends
-itself (`rejoining`), with a desk at its other end (`desk`). Everything here may be asked again: an answer that was lost
+itself (`rejoining`), with a desk at its other end (`desk`). What is asked may be asked again: an answer that was lost
 costs nothing but the asking.
 """
 
@@ -14,6 +14,7 @@ from actbox.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from actbox.events import Outcome
+    from actbox.execution import Transfer
     from actbox.journal import Numbered
     from actbox.result import ExecutionResult
 
@@ -115,6 +116,17 @@ class Line(Protocol):
 
     async def interrupt(self, id: str) -> None:  # noqa: A002
         """Have the execution interrupted; returns at once. Raises `DriveRefused`, `ExecutionUnknown`."""
+        ...
+
+    async def carry(self, transfer: Transfer, timeout: float) -> Ending:
+        """Have a transfer carried out, in its turn among the cells; of all that can be asked it alone is not repeated.
+
+        Cancelling who waits for it ends it.
+
+        Raises:
+            DriveRefused: this client does not drive.
+            ExecutionLost: the connection broke meanwhile.
+        """
         ...
 
     async def executions(self) -> list[Standing]:

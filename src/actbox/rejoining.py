@@ -12,40 +12,29 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from actbox import dialogue
+from actbox import carrying, dialogue
+from actbox.connecting import TCP_SECONDS, Address, Pieces, beat, reach
 from actbox.dialogue import Request
 from actbox.errors import ActboxError, ConnectionError, ProtocolError, SessionGone, StateError, shown
-from actbox.link import Link
 from actbox.protocol import frames
 
 if TYPE_CHECKING:
+    from actbox.execution import Transfer
     from actbox.lines import Ending, Page, Standing, Wish
+    from actbox.link import Link
     from actbox.protocol.frames import Frame
 
-_TCP_SECONDS = 10.0
 # A new session may be long in coming.
 _WELCOME_SECONDS = 75.0
-_MISSED_BEATS = 3
-# Of a heartbeat, seconds: the desk takes who says nothing for 90 for gone.
-_LONGEST_BEAT = 25.0
 # Between two attempts, seconds: none before the first, then these.
 _FIRST_PAUSE = 0.01
 _LONGEST_PAUSE = 1.0
 _LEAVE_SECONDS = 2.0
+# Attempts at a connection for a transfer, each after one at that for all else.
+_CARRYING_TRIES = 3
 # Of one answer.
 _MAX_FRAMES = 50_000
 _MAX_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a gateway is, and how to speak to it; `patience` is how long a broken line is mended, in seconds."""
-
-    host: str
-    port: int
-    token: str
-    heartbeat: float
-    patience: float
 
 
 class _Cut(Exception):
@@ -64,15 +53,16 @@ class _Question:
 
 
 class Rejoining:
-    """See the module's text; a `Line`.
+    """See the module's text; a `Line`. A connection that is broken is mended for `patience` seconds.
 
     State: `_link`, the connection, with the tasks `_reading` it and `_beating`; `_joining`, the task that makes one;
     `_questions`, what is asked on this connection, by number; `_failures`, connections in a row that brought no answer,
     and `_since`, when the first of them failed; `_gone`, why nothing can be asked any more.
     """
 
-    def __init__(self, address: Address, wish: Wish) -> None:
+    def __init__(self, address: Address, wish: Wish, patience: float) -> None:
         self._address = address
+        self._patience = patience
         self._wish = wish
         self._link: Link | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -113,6 +103,22 @@ class Rejoining:
     async def interrupt(self, id: str) -> None:  # noqa: A002
         """See `Line`."""
         await self._ask(Request(0, "interrupt", id))
+
+    async def carry(self, transfer: Transfer, timeout: float) -> Ending:
+        """See `Line`."""
+        for attempt in itertools.count(1):
+            link = await self._live_link()
+            try:
+                return await carrying.carry(self._address, self._wish, transfer, timeout)
+            except StateError:
+                # The gateway has noticed before us that the connection for all else is gone.
+                link.close()
+                if attempt == _CARRYING_TRIES:
+                    raise
+            except carrying.NotBegun as exc:
+                if attempt == _CARRYING_TRIES:
+                    raise ConnectionError(f"the transfer has not begun: {exc}") from exc
+        raise AssertionError
 
     async def executions(self) -> list[Standing]:
         """See `Line`."""
@@ -214,11 +220,11 @@ class Rejoining:
         while True:
             if self._failures > 1:
                 await asyncio.sleep(min(_FIRST_PAUSE * 2 ** min(self._failures - 2, 20), _LONGEST_PAUSE))
-            if self._failures and asyncio.get_running_loop().time() - self._since > self._address.patience:
+            if self._failures and asyncio.get_running_loop().time() - self._since > self._patience:
                 self._failures = 0
                 raise ConnectionError(
                     f"the line to the session {shown(self._wish.name)} is broken, and was not mended within "
-                    f"{self._address.patience:g} s: {cause or 'connections end before anything is answered'}"
+                    f"{self._patience:g} s: {cause or 'connections end before anything is answered'}"
                 ) from cause
             try:
                 return await self._connect()
@@ -229,14 +235,10 @@ class Rejoining:
     async def _connect(self) -> Link:
         address, wish = self._address, self._wish
         try:
-            async with asyncio.timeout(_TCP_SECONDS):
-                _, link = await asyncio.get_running_loop().create_connection(
-                    lambda: Link(swallow=_is_pong), address.host, address.port
-                )
-        except (OSError, TimeoutError) as exc:
+            link = await reach(address, Pieces())
+        except OSError as exc:
             if wish.incarnation is None and not self._failures:
-                where = f"{address.host}:{address.port}"
-                raise ConnectionError(f"no container answers at {where}: {exc or 'timed out'}") from exc
+                raise ConnectionError(f"no container answers at {address}: {exc or 'timed out'}") from exc
             raise _Cut(str(exc) or "nothing answers") from exc
         try:
             await self._greet(link)
@@ -245,12 +247,12 @@ class Rejoining:
             raise
         self._link = link
         self._reading = asyncio.create_task(self._read(link))
-        self._beating = asyncio.create_task(_beat(link, min(address.heartbeat, _LONGEST_BEAT)))
+        self._beating = asyncio.create_task(beat(link, address.heartbeat))
         return link
 
     async def _greet(self, link: Link) -> None:
         wish = self._wish
-        bound = _WELCOME_SECONDS if wish.incarnation is None else _TCP_SECONDS
+        bound = _WELCOME_SECONDS if wish.incarnation is None else TCP_SECONDS
         try:
             await link.send({"type": "hello", "token": self._address.token, **dialogue.wish_fields(wish)})
             async with asyncio.timeout(bound):
@@ -308,23 +310,3 @@ class Rejoining:
             if not question.over.done():
                 question.over.set_result(None)
         return bool(asked)
-
-
-async def _beat(link: Link, interval: float) -> None:
-    # What counts is pings without an answer, not time: a caller that blocks its loop must find its session again.
-    unanswered, heard = 0, link.heard
-    while not link.ended:
-        await asyncio.sleep(interval)
-        if link.heard > heard or link.paused:
-            unanswered, heard = 0, link.heard
-        elif unanswered >= _MISSED_BEATS:
-            link.close()
-            return
-        with suppress(OSError):
-            await link.send({"type": "ping"})
-            unanswered += 1
-
-
-def _is_pong(frame: Frame) -> bool:
-    """A sign of life: that it arrived is all it says."""
-    return frame.header.get("type") == "pong"

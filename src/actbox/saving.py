@@ -55,7 +55,7 @@ class SessionState:
 
 
 class Saving(Exchanges):
-    """The methods of `ExecutionClient` that save and restore a session's state. Each is an execution, in its turn.
+    """The methods of clients that save and restore a session's state. Each is an execution, in its turn.
 
     `timeout` is in seconds, the time behind cells submitted before included. Each method raises:
         InvalidArgument: an argument that cannot be used; nothing was done.

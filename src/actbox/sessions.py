@@ -12,10 +12,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from actbox.connecting import TCP_SECONDS, Address, Pieces, beat, reach
 from actbox.errors import ConnectionError, ProtocolError, SandboxUnavailable
 from actbox.events import Overrun
-from actbox.link import Link
 from actbox.protocol import messages
+from actbox.protocol.frames import Frame
 from actbox.shielded import finish
 from actbox.spec import Limits
 
@@ -23,12 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from actbox.lines import Line, Wish
-    from actbox.protocol.frames import Frame
+    from actbox.link import Link
 
 READY_SECONDS = 60.0
-_TCP_SECONDS = 10.0
-# A client that has heard nothing for this many heartbeats takes the link for dead.
-_MISSED_BEATS = 3
 # What can be passed: names of fields of `Limits`.
 OVERRUNS = frozenset({"memory", "cpu", "pids", "disk", "files", "wall", "open_files", "file_size", "tmp", "shm"})
 _MOST = 1 << 62
@@ -115,6 +113,10 @@ class Door(Protocol):
         """A client's place in a named session. Raises as `Keeper.attach`."""
         ...
 
+    def attached(self, wish: Wish) -> Line:
+        """The place of a client that is attached. Raises as `Keeper.attached`."""
+        ...
+
 
 _doors: dict[int, Door] = {}
 
@@ -176,17 +178,7 @@ async def _connect_tcp(port: int, host: str, *, key: str | None, token: str | No
         raise ConnectionError(
             f"no container of this process has port {port}; to reach one of another process pass its token"
         )
-    return await _RemoteSession.at(_Address(host, port, token, heartbeat), {"key": key})
-
-
-@dataclass(frozen=True, slots=True)
-class _Address:
-    """Where a gateway is, and how to speak to it."""
-
-    host: str
-    port: int
-    token: str
-    heartbeat: float
+    return await _RemoteSession.at(Address(host, port, token, heartbeat), {"key": key})
 
 
 def read_overrun(told: object, limits: Limits) -> Overrun | None:
@@ -206,38 +198,33 @@ def read_status(told: object) -> int | None:
     return None
 
 
-def _is_pong(frame: Frame) -> bool:
-    """A gateway's sign of life: that it arrived is all it says."""
-    return frame.header.get("type") == "pong"
-
-
 class _RemoteSession:
     """A session behind a gateway.
 
-    State: `_exit`, set when the gateway says how the kernel ended; `_beating`, the heartbeat's task.
+    State: `_exit`, set when the gateway says how the kernel ended; `_beating`, the heartbeat's task; `_pieces`, what
+    keeps an upload from standing in the way of orders.
     """
 
-    def __init__(self, link: Link, address: _Address) -> None:
+    def __init__(self, link: Link, address: Address, pieces: Pieces) -> None:
         self.limits = Limits()
         self.slot = 0
         self.on_overrun: Callable[[Overrun], None] | None = None
         self._link = link
         self._address = address
+        self._pieces = pieces
         self._exit: Exit | None = None
         self._exited = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
 
     @classmethod
-    async def at(cls, address: _Address, wish: dict[str, Any]) -> _RemoteSession:
+    async def at(cls, address: Address, wish: dict[str, Any]) -> _RemoteSession:
         """A session at a gateway: a fresh one for a key, or the one that a ticket is for. Raises `ConnectionError`."""
-        loop = asyncio.get_running_loop()
+        pieces = Pieces()
         try:
-            async with asyncio.timeout(_TCP_SECONDS):
-                _, link = await loop.create_connection(lambda: Link(swallow=_is_pong), address.host, address.port)
-        except (OSError, TimeoutError) as exc:
-            where = f"{address.host}:{address.port}"
-            raise ConnectionError(f"no container answers at {where}: {exc or 'timed out'}") from exc
-        session = cls(link, address)
+            link = await reach(address, pieces)
+        except OSError as exc:
+            raise ConnectionError(f"no container answers at {address}: {exc or 'timed out'}") from exc
+        session = cls(link, address, pieces)
         try:
             await session._greet(wish)
         except BaseException:
@@ -251,7 +238,7 @@ class _RemoteSession:
         except OSError as exc:
             raise ConnectionError("the gateway closed the connection") from exc
         try:
-            async with asyncio.timeout(_TCP_SECONDS):
+            async with asyncio.timeout(TCP_SECONDS):
                 frame = await self.receive()
         except TimeoutError:
             raise ConnectionError("the gateway did not answer") from None
@@ -278,7 +265,7 @@ class _RemoteSession:
         except OSError as exc:
             raise ConnectionError("the gateway closed the connection") from exc
         try:
-            async with asyncio.timeout(READY_SECONDS + _TCP_SECONDS):
+            async with asyncio.timeout(READY_SECONDS + TCP_SECONDS):
                 frame = await self._link.receive()
         except TimeoutError:
             raise ConnectionError("the gateway did not answer the greeting") from None
@@ -291,22 +278,7 @@ class _RemoteSession:
             self.limits = Limits(**limits)
         except (TypeError, ValueError) as exc:
             raise ConnectionError("what answers at this port is no container's gateway") from exc
-        self._beating = asyncio.create_task(self._beat())
-
-    async def _beat(self) -> None:
-        # What counts is pings without an answer, not time: a caller that blocks its loop must find its session again.
-        unanswered, heard = 0, self._link.heard
-        while not self._link.ended:
-            await asyncio.sleep(self._address.heartbeat)
-            if self._link.heard > heard or self._link.paused:
-                # While it is we who do not read, nothing can be heard, and nothing is to be feared.
-                unanswered, heard = 0, self._link.heard
-            elif unanswered >= _MISSED_BEATS:
-                self._link.close()
-                return
-            with contextlib.suppress(OSError):
-                await self._link.send({"type": "ping"})
-                unanswered += 1
+        self._beating = asyncio.create_task(beat(self._link, self._address.heartbeat))
 
     async def receive(self) -> Frame | None:
         while True:
@@ -339,7 +311,10 @@ class _RemoteSession:
             return frame
 
     async def send(self, header: dict[str, Any], payload: bytes = b"") -> None:
-        await self._link.send(header, payload)
+        if header.get("type") == "archive":
+            await self._pieces.send(self._link, Frame(header, payload))
+        else:
+            await self._link.send(header, payload)
 
     @property
     def ended(self) -> bool:

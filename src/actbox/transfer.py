@@ -38,7 +38,7 @@ from actbox.shielded import finish, in_thread
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Generator
 
-    from actbox.execution import Execution, Transfer
+    from actbox.execution import Transfer
 
     Send = Callable[[dict[str, Any], bytes], Awaitable[None]]
     Kind = Literal["file", "directory"]
@@ -48,7 +48,7 @@ _MAX_REASON = 1000
 
 
 class FileTransfers(ABC):
-    """The methods of `ExecutionClient` that move files; it says how a transfer is submitted.
+    """The methods of a client that move files; it says how a transfer is carried out.
 
     `relpath` is a path inside, relative to `/app`, or absolute in `/app` or `/tmp`; `local_path` one of the host. Both
     may name what they are to become, and neither may be a symbolic link, or inside lead through one. On the host links
@@ -72,8 +72,8 @@ class FileTransfers(ABC):
         """Raises `StateError` unless transfers can be submitted."""
 
     @abstractmethod
-    def submit_transfer(self, transfer: Transfer) -> Execution:
-        """Put a transfer behind the cells and transfers submitted before."""
+    async def carry_out(self, transfer: Transfer, timeout: float) -> None:
+        """Have a transfer carried out behind the cells and transfers submitted before; raises as `Execution.result`."""
 
     async def upload_file(self, relpath: str, local_path: str | Path, timeout: float = 120) -> None:
         """Copy a file of the host to `relpath`; missing folders above it are made.
@@ -144,9 +144,8 @@ class FileTransfers(ABC):
         self.check_connected()
         try:
             await transfer.open()
-            execution = self.submit_transfer(transfer)
             try:
-                await execution.result(timeout)
+                await self.carry_out(transfer, timeout)
             except ActboxError as exc:
                 if transfer.failure is not None:
                     raise transfer.failure from exc

@@ -59,7 +59,7 @@ class Variable:
 
 
 class Variables(Exchanges):
-    """The methods of `ExecutionClient` about single variables. Each is an execution, in its turn among the cells.
+    """The methods of clients about single variables. Each is an execution, in its turn among the cells.
 
     `timeout` is in seconds, the time behind cells submitted before included. Each method raises:
         InvalidArgument: an argument that cannot be used; nothing was done.

@@ -114,7 +114,7 @@ def decode(frame: Frame) -> Message:
                     _number(header, "id"),
                     status,
                     _number(header, "execution_count"),
-                    _names(header),
+                    read_left_out(header),
                     header.get("limit"),
                 )
         case "archive" if len(frame.payload) <= MAX_PIECE:
@@ -187,7 +187,8 @@ def _display_id(header: dict[str, Any]) -> str | None:
     return _text(header, "display_id")[:_MAX_NAME]
 
 
-def _names(header: dict[str, Any]) -> tuple[str, ...]:
+def read_left_out(header: dict[str, Any]) -> tuple[str, ...]:
+    """What an archive could not hold, made printable. Raises `ProtocolError`."""
     match header.get("left_out"):
         case None:
             return ()
