@@ -8,15 +8,15 @@ import json
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from docker_tools import listed, until
+from branches import COUNT, SLEEP, prints, value
+from docker_tools import until
 from needs import lacking
 
 from actbox import (
     CallLimits,
-    CheckpointMissing,
     CodeExecutionContainer,
     CodeExecutor,
     ExecutionClient,
@@ -33,6 +33,7 @@ from actbox import (
     SandboxUnavailable,
     SessionBroken,
     StateError,
+    family,
 )
 
 if TYPE_CHECKING:
@@ -42,30 +43,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 
 BOUND = 15.0
-CWD = "__import__('os').getcwd()"
-COUNT = "len([name for name in __import__('os').listdir('/proc') if name.isdigit()])"
-SLEEP = "print('on'); import time; time.sleep(999)"
-
-
-@pytest.fixture(params=["shared", "separate"])
-async def client(
-    request: pytest.FixtureRequest, engine: str, container: CodeExecutionContainer
-) -> AsyncIterator[ExecutionClient]:
-    """A session among others, and one in a sandbox of its own."""
-    if request.param == "shared":
-        async with ExecutionClient(container.port) as made:
-            yield made
-        return
-    async with (
-        ExecutionContainer(engine=engine, preload=(), separate=True, show_pull_progress=False) as own,
-        ExecutionClient(own.port) as made,
-    ):
-        yield made
-
-
-async def value(client: ExecutionClient, expression: str) -> str:
-    """What an expression prints."""
-    return (await client.execute(f"print({expression})")).text or ""
 
 
 # -- branches --------------------------------------------------------------------------------------------------------
@@ -187,13 +164,17 @@ async def test_the_watcher_is_the_parent_of_every_kernel(container: CodeExecutio
             "import threading, time\nthreading.Thread(target=time.sleep, args=(99,), name='my worker').start()",
             "my worker",
         ),
+        (
+            "import _thread, time\ndef wait():\n    while True: time.sleep(0.01)\n_thread.start_new_thread(wait, ())",
+            "the thread [0-9]+, which has no name",
+        ),
         ("import subprocess\nchild = subprocess.Popen(['sleep', '99'])", "subprocess [0-9]+ \\(sleep\\)"),
         (
             "import asyncio\nwaiting = asyncio.create_task(asyncio.sleep(99), name='my task')\nawait asyncio.sleep(0)",
             "my task",
         ),
     ],
-    ids=["thread", "subprocess", "task"],
+    ids=["thread", "nameless thread", "subprocess", "task"],
 )
 async def test_what_a_copy_would_miss_is_refused_by_name_unless_forced(
     client: ExecutionClient, code: str, named: str
@@ -334,11 +315,7 @@ async def test_a_deaf_branch_is_killed_and_its_children_with_it(container: CodeE
             "[n for n in os.listdir('/proc') if n.isdigit() and b'876' in open(f'/proc/{n}/cmdline', 'rb').read()]"
         )
         await client.execute("import os")
-        assert await until(lambda: _is(client, looking, "[]"))
-
-
-async def _is(client: ExecutionClient, expression: str, expected: str) -> bool:
-    return await value(client, expression) == expected
+        assert await until(lambda: prints(client, looking, "[]"))
 
 
 async def test_closing_a_branch_ends_its_kernel_alone(container: CodeExecutionContainer) -> None:
@@ -346,7 +323,7 @@ async def test_closing_a_branch_ends_its_kernel_alone(container: CodeExecutionCo
         before = await value(client, COUNT)
         async with await client.fork():
             assert int(await value(client, COUNT)) == int(before) + 1
-        assert await until(lambda: _is(client, COUNT, before))
+        assert await until(lambda: prints(client, COUNT, before))
 
 
 async def test_the_container_takes_all_of_them_along(engine: str) -> None:
@@ -416,7 +393,7 @@ async def test_a_cancelled_fork_leaves_no_branch(container: CodeExecutionContain
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await (await task).disconnect()
-        assert await until(lambda: _is(client, COUNT, before))
+        assert await until(lambda: prints(client, COUNT, before))
 
 
 async def test_a_client_that_is_gone_forks_nothing(container: CodeExecutionContainer) -> None:
@@ -433,6 +410,21 @@ async def test_a_client_that_is_gone_forks_nothing(container: CodeExecutionConta
         await waiting
     with pytest.raises(InvalidArgument):
         await client.fork(timeout=-1)
+
+
+async def test_a_session_with_all_its_numbers_taken_refuses_a_fork_and_goes_on(
+    client: ExecutionClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(family, "_SLOTS", 3)
+    await client.execute("x = 1")
+    async with await client.fork():
+        await client.checkpoint("one")
+        with pytest.raises(ForkRefused, match="2 forks and checkpoints already"):
+            await client.fork()
+        assert await value(client, "x") == "1"
+        await client.discard("one")
+        async with await client.fork() as branch:
+            assert await value(branch, "x") == "1"
 
 
 # -- a kernel that does not play along -------------------------------------------------------------------------------
@@ -461,170 +453,6 @@ async def test_a_forked_child_of_a_cell_is_no_kernel(client: ExecutionClient) ->
         await client.fork()
     async with await client.fork(force=True) as branch:
         assert await value(branch, "1") == "1"
-
-
-# -- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-async def test_a_session_goes_back_as_often_as_it_likes(client: ExecutionClient) -> None:
-    await client.execute("x = [1]")
-    kept = await client.checkpoint("one")
-    await client.execute("x.append(2)")
-    await client.checkpoint("two")
-    for _ in range(3):
-        await client.execute("x.clear(); del x")
-        assert await client.rollback("one") == kept
-        assert await value(client, "x") == "[1]"
-        await client.rollback("two")
-        assert await value(client, "x") == "[1, 2]"
-    assert [checkpoint.name for checkpoint in client.checkpoints()] == ["one", "two"]
-    assert client.checkpoints()[0].cell < client.checkpoints()[1].cell
-
-
-@pytest.mark.parametrize(
-    "ruin",
-    [
-        "import os; os._exit(3)",
-        "import ctypes; ctypes.string_at(0)",
-        "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: time.sleep(9)",
-        "import builtins\nbuiltins.__dict__.clear()",
-        "import os; os.closerange(0, 256)",
-    ],
-    ids=["exit", "segfault", "deaf", "no builtins", "no files"],
-)
-async def test_whatever_a_cell_has_ruined_is_undone(container: CodeExecutionContainer, ruin: str) -> None:
-    async with ExecutionClient(container.port, interrupt_grace=0.3) as client:
-        await client.execute("x = 1")
-        await client.checkpoint("good")
-        with contextlib.suppress(ExecutionError, ExecutionTimeout):
-            await client.execute(ruin, timeout=0.5)
-        await client.rollback("good")
-        result = await client.execute("print(x)")
-        assert (result.text, result.restarted) == ("1", False)
-
-
-async def test_a_checkpoint_of_the_same_name_takes_the_place_of_the_older(client: ExecutionClient) -> None:
-    for number in range(3):
-        await client.execute(f"x = {number}")
-        await client.checkpoint("same")
-    await client.execute("x = 99")
-    await client.rollback("same")
-    assert await value(client, "x") == "2"
-    assert len(client.checkpoints()) == 1
-
-
-async def test_what_is_not_there_cannot_be_gone_back_to(client: ExecutionClient) -> None:
-    await client.execute("x = 1")
-    with pytest.raises(CheckpointMissing, match="there is none of this name") as caught:
-        await client.rollback("nothing")
-    assert isinstance(caught.value, KeyError)
-    with pytest.raises(CheckpointMissing):
-        await client.discard("nothing")
-    await client.checkpoint("one")
-    await client.discard("one")
-    with pytest.raises(CheckpointMissing):
-        await client.rollback("one")
-    assert await value(client, "x") == "1"
-
-
-@pytest.mark.parametrize("name", ["", "x" * 101, "a\nb", "\x1b[2J", 3, None])
-async def test_names_that_cannot_be_shown_are_refused(container: CodeExecutionContainer, name: Any) -> None:
-    async with ExecutionClient(container.port) as client:
-        with pytest.raises(InvalidArgument):
-            await client.checkpoint(name)
-
-
-async def test_there_is_a_bound_on_checkpoints(container: CodeExecutionContainer) -> None:
-    async with ExecutionClient(container.port, max_checkpoints=2) as client:
-        await client.checkpoint("one")
-        await client.checkpoint("two")
-        with pytest.raises(StateError, match="2 checkpoints"):
-            await client.checkpoint("three")
-        await client.checkpoint("two")
-        await client.discard("one")
-        await client.checkpoint("three")
-
-
-async def test_a_checkpoint_that_the_session_has_killed_is_told_of(container: CodeExecutionContainer) -> None:
-    async with ExecutionClient(container.port) as client:
-        await client.checkpoint("one")
-        with pytest.raises(KernelDied):
-            await client.execute("import os; os.kill(-1, 9); os._exit(1)")
-        assert await until(lambda: client.checkpoints() == [])
-        with pytest.raises(CheckpointMissing, match="killed"):
-            await client.rollback("one")
-        assert (await client.execute("print(1)")).text == "1"
-
-
-# -- the last good state ---------------------------------------------------------------------------------------------
-
-
-async def test_a_death_says_to_which_cell_the_session_went_back(container: CodeExecutionContainer) -> None:
-    async with ExecutionClient(container.port, recover=True, interrupt_grace=0.3) as client:
-        await client.execute("x = 1")
-        good = await client.execute("x = 2")
-        with pytest.raises(KernelDied) as died:
-            await client.execute("x = 3; import os; os._exit(3)")
-        assert died.value.rolled_back_to == good.execution_count
-        assert f"after cell {good.execution_count}" in str(died.value)
-        result = await client.execute("print(x)")
-        assert (result.text, result.restarted) == ("2", False)
-        with pytest.raises(ExecutionTimeout) as late:
-            await client.execute(
-                "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nx = 4\nwhile True: time.sleep(9)",
-                timeout=0.3,
-            )
-        assert late.value.rolled_back_to == result.execution_count
-        assert await value(client, "x") == "2"
-
-
-async def test_who_leaves_while_a_copy_is_made_waits_for_nobody_and_leaves_nothing(
-    container: CodeExecutionContainer,
-) -> None:
-    before = len(container._sessions)
-    for turns in range(0, 40, 2):
-        client = ExecutionClient(container.port, recover=True)
-        await client.connect()
-        await client.execute("x = 1")
-        # The copy of the last good state is under way.
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        async with asyncio.timeout(3):
-            await client.disconnect()
-        assert len(container._sessions) == before
-
-
-async def test_after_a_rollback_the_good_state_is_the_one_gone_back_to(container: CodeExecutionContainer) -> None:
-    async with ExecutionClient(container.port, recover=True) as client:
-        await client.execute("x = 1")
-        kept = await client.checkpoint("one")
-        await client.execute("x = 2")
-        await client.rollback("one")
-        with pytest.raises(KernelDied) as died:
-            await client.execute("import os; os._exit(3)")
-        assert died.value.rolled_back_to == kept.cell
-        assert await value(client, "x") == "1"
-
-
-async def test_a_cell_that_fails_is_kept_as_it_left_things(container: CodeExecutionContainer) -> None:
-    async with ExecutionClient(container.port, recover=True) as client:
-        await client.execute("x = 1")
-        with pytest.raises(ExecutionError) as failed:
-            await client.execute("x = 2; 1/0")
-        assert failed.value.rolled_back_to is None
-        assert await value(client, "x") == "2"
-
-
-async def test_without_a_good_state_the_state_is_lost(container: CodeExecutionContainer) -> None:
-    async with ExecutionClient(container.port, recover=True) as client:
-        with pytest.raises(KernelDied) as died:
-            await client.execute("import os; os._exit(3)")
-        assert died.value.rolled_back_to is None
-        assert (await client.execute("x = 1")).restarted
-        with pytest.raises(KernelDied) as again:
-            await client.execute("import os; os.kill(-1, 9); os._exit(1)")
-        assert again.value.rolled_back_to is None
-        assert (await client.execute("print('x' in globals())")).text == "False"
 
 
 # -- from another process --------------------------------------------------------------------------------------------
@@ -679,18 +507,6 @@ async def test_gvisor_refuses_by_its_name(engine: str) -> None:
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-async def worker(container: CodeExecutionContainer, key: str) -> AsyncIterator[CodeExecutor]:
-    """An executor with some files: a module, a folder, and a link."""
-    async with CodeExecutor(key, container.workspace, container.port) as made:
-        await made.execute(
-            "import os\nopen('skill.py', 'w').write('value = 1')\nos.makedirs('below/deep')\n"
-            "open('below/deep/file', 'w').write('one')\nos.symlink('skill.py', 'link')\nos.mkfifo('pipe')\n"
-            "os.chmod('skill.py', 0o755)\nimport skill"
-        )
-        yield made
-
-
 async def test_a_branch_may_have_a_copy_of_the_folder(worker: CodeExecutor) -> None:
     async with await worker.fork(files="copy") as branch:
         assert branch.working_dir.parent.parent == worker.working_dir
@@ -717,7 +533,56 @@ async def test_a_folder_that_cannot_be_copied_makes_no_branch(container: CodeExe
             await worker.fork(files="copy")
         with pytest.raises(InvalidArgument):
             await worker.fork(files="none")  # pyright: ignore[reportArgumentType]
-        assert await until(lambda: _is(worker, COUNT, "2"))
+        assert await until(lambda: prints(worker, COUNT, "2"))
+
+
+async def test_a_copy_of_the_folder_stays_as_long_as_anybody_works_there(worker: CodeExecutor) -> None:
+    branch = await worker.fork(files="copy")
+    twin = await branch.fork()
+    place = branch.working_dir
+    await branch.disconnect()
+    await twin.checkpoint("one")
+    await twin.execute("open('newer', 'w').write('kept')")
+    assert twin.working_dir == place
+    with pytest.raises(KernelDied):
+        await twin.execute("os._exit(3)")
+    # A fresh kernel works in the folder of the key, and what it goes back to still has its own.
+    assert await value(twin, "__import__('os').getcwd()") == f"/app/skills/private/{worker.key}"
+    assert twin.working_dir == worker.working_dir
+    await twin.rollback("one")
+    assert twin.working_dir == place
+    assert await value(twin, "open('newer').read()") == "kept"
+    assert await value(worker, "os.path.exists('newer')") == "False"
+    await twin.disconnect()
+    assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    "what", ["shutil.rmtree('.branches')", "os.rename('.branches', 'b'); os.symlink('/', '.branches')"]
+)
+async def test_a_session_that_hides_a_branchs_folder_keeps_nobody_from_leaving(worker: CodeExecutor, what: str) -> None:
+    async with await worker.fork(files="copy") as branch:
+        await worker.execute(f"import shutil; {what}")
+    assert not branch.working_dir.is_symlink()
+    assert await value(worker, "1") == "1"
+
+
+async def test_a_folder_that_is_copied_too_slowly_is_given_up_with_its_branch(
+    container: CodeExecutionContainer, worker: CodeExecutor
+) -> None:
+    before = await value(worker, COUNT)
+    copies = len(container._sessions)
+    await worker.execute("import shutil, time; shutil.copytree = lambda *_, **__: time.sleep(999)")
+    with pytest.raises(ExecutionTimeout) as late:
+        await worker.fork(files="copy", timeout=0.5)
+    assert late.value.state_kept
+    waiting = asyncio.ensure_future(worker.fork(files="copy"))
+    assert await until(lambda: len(container._sessions) > copies)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(waiting, BOUND)
+    assert await until(lambda: prints(worker, COUNT, before))
+    assert await value(worker, "skill.value") == "1"
 
 
 async def test_a_branch_may_have_a_key_of_its_own(worker: CodeExecutor, key: str) -> None:
@@ -730,50 +595,6 @@ async def test_a_branch_may_have_a_key_of_its_own(worker: CodeExecutor, key: str
         assert branch.working_dir.name == f"{key}-b"
     with pytest.raises(InvalidArgument):
         await worker.fork("../x")
-
-
-async def test_files_come_back_with_a_checkpoint_if_they_were_kept(worker: CodeExecutor) -> None:
-    kept = await worker.checkpoint("with", files=True)
-    assert kept.files
-    assert sorted(kept.left_out) == ["link", "pipe"]
-    plain = await worker.checkpoint("without")
-    assert not plain.files
-    ruin = "import shutil\nshutil.rmtree('below'); os.unlink('skill.py'); open('extra', 'w').close()"
-    await worker.execute(ruin)
-    await worker.rollback("without")
-    assert await value(worker, "sorted(os.listdir())") == "['extra', 'link', 'pipe']"
-    for turn in range(2):
-        await worker.rollback("with")
-        assert (
-            await value(worker, "sorted(os.listdir()), open('below/deep/file').read()") == "['below', 'skill.py'] one"
-        )
-        await worker.execute(f"import shutil; shutil.rmtree('below'); turn = {turn}")
-    await worker.discard("with")
-
-
-async def test_a_notebook_tells_of_a_rollback(worker: CodeExecutor) -> None:
-    kept = await worker.checkpoint("one")
-    await worker.execute("x = 1")
-    async with await worker.fork() as branch:
-        await branch.execute("branched = 1")
-        await worker.rollback("one")
-        await worker.execute("y = 2")
-        sources = [cell["source"] for cell in worker.notebook()["cells"]][-3:]
-        assert sources == ["x = 1", f"**Here the session went back to its state after cell {kept.cell}.**", "y = 2"]
-        assert [cell["source"] for cell in branch.notebook()["cells"]][-2:] == ["x = 1", "branched = 1"]
-
-
-async def test_nothing_is_left_of_kept_files(worker: CodeExecutor, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    await worker.checkpoint("one", files=True)
-    assert len(listed(tmp_path, "*")) == 1
-    await worker.checkpoint("one", files=True)
-    assert len(listed(tmp_path, "*")) == 1
-    await worker.discard("one")
-    assert listed(tmp_path, "*") == []
-    await worker.checkpoint("two", files=True)
-    await worker.disconnect()
-    assert listed(tmp_path, "*") == []
 
 
 # -- functions of the host -------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "saving.py"
 
 LIE = """
 from actbox_guest.guest import saving, shell
-def serve(self, r):
+def serve(self, r, own=None):
     def send(data, type="archive"):
         shell.outputs.send({{"type": type, "id": r["id"]}}, data)
     report = saving._report

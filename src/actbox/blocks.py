@@ -151,6 +151,7 @@ def make_blocks(
     policy: OutputPolicy | None = None,
     *,
     restarted: bool = False,
+    rolled_back_to: int | None = None,
     ending: str | None = None,
     omitted_media: int = 0,
     keep_text: Callable[[str], str | None] | None = None,
@@ -160,6 +161,10 @@ def make_blocks(
     document = _Document(policy)
     if restarted:
         document.say("the kernel before this cell had died: it began without earlier variables")
+    if rolled_back_to is not None:
+        document.say(
+            f"the kernel before this cell had died: it began with the variables as after cell {rolled_back_to}"
+        )
     told: set[str] = set()
     for printed, run in groupby(outputs, lambda output: output.kind == "stream"):
         if printed:

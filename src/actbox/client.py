@@ -5,41 +5,25 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-import os
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
-from actbox import sessions
+from actbox import endings, sessions
+from actbox.endings import Stop, Why
 from actbox.errors import (
-    CheckpointMissing,
     ConnectionError,
-    ExecutionTimeout,
-    ForkRefused,
     InvalidArgument,
-    LimitExceeded,
     ProtocolError,
     SandboxUnavailable,
-    SessionBroken,
     StateError,
 )
-from actbox.events import (
-    Died,
-    Ended,
-    Error,
-    Exceeded,
-    Failed,
-    Finished,
-    Interrupted,
-    Lost,
-    Outcome,
-    Overrun,
-    TimedOut,
-)
+from actbox.events import Died, Ended, Finished, Lost, Outcome, Overrun
 from actbox.execution import Execution, check_timeout
-from actbox.forks import Checkpoint, Checkpoints, Copy, Files, Step, ask, copy_of
-from actbox.functions import CellCalls, is_budget
+from actbox.forking import DEFAULT_CHECKPOINTS, Forking
+from actbox.forks import Step
+from actbox.functions import CellCalls
 from actbox.mcp import McpServers
 from actbox.protocol import frames, messages
 from actbox.saving import Saving
@@ -54,34 +38,19 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from actbox.execution import Transfer
+    from actbox.forks import Copy
     from actbox.result import ExecutionResult
-    from actbox.sessions import Exit, Session
+    from actbox.sessions import Session
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 DEFAULT_GRACE = 2.0
-DEFAULT_CHECKPOINTS = 32
-# Of one copy: the kernel may hold gigabytes, and the machine be busy.
-_COPY_SECONDS = 60.0
-_LONGEST = 1e9
 _MAX_CODE = 16 << 20
 # How long the end of a kernel that was killed, or closed its stream, may take to be known.
 _EXIT_SECONDS = 5.0
 
 
-@dataclass(slots=True)
-class _Stop:
-    """Why a running cell is being ended, the timer that will kill its kernel, and whether it has."""
-
-    why: Literal["interrupt", "timeout", "limit"]
-    timeout: float
-    overrun: Overrun | None = None
-    killed: bool = False
-    timer: asyncio.TimerHandle | None = None
-
-
-class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
+class ExecutionClient(Forking, FileTransfers, Variables, Saving, McpServers):
     """A stateful IPython session in a running container: made on entering the context, destroyed on leaving it.
 
     Cells and transfers of files run in the order in which they were submitted. One client belongs to one event loop;
@@ -99,10 +68,9 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
             milliseconds a cell, and memory for what cells change.
         max_checkpoints: how many checkpoints may be kept at one time; each is a process, see `Limits.pids`.
 
-    State: `_queue`, what is to be done, the first of it being done; `_runner`, the task that does it; `_session`,
-    the kernel, None before the first and after a death; `_lost_state`, whether the next cell begins without its state;
-    `_stops`, why the running execution is being ended; `_cell`, the number of the last request sent; `_is_branch`,
-    whether it was connected from the beginning.
+    State: `_queue`, what is to be done, the first of it being done; `_runner`, the task that does it; `_stops`, why the
+    running execution is being ended; `_running_cell`, its number once the kernel has it; `_is_branch`, whether it was
+    connected from the beginning. Which kernel it has is told in `Forking`.
     """
 
     def __init__(
@@ -120,19 +88,29 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
             raise InvalidArgument("port", port, "pass the port of a running container")
         check_timeout(heartbeat_interval)
         check_timeout(interrupt_grace)
-        if isinstance(max_checkpoints, bool) or not isinstance(max_checkpoints, int) or max_checkpoints < 0:
-            raise InvalidArgument("max_checkpoints", max_checkpoints, "pass a whole number of at least 0")
         self.port = port
         self.host = host
         self._heartbeat = heartbeat_interval
         self._token = token
         self._grace = interrupt_grace
-        self._recovers = recover
-        self._max_checkpoints = max_checkpoints
         self._connected = False
-        self._lost_state = False
-        self._session: Session | None
-        self._begin()
+        self._begin(is_branch=False)
+        super().__init__(recover=recover, max_checkpoints=max_checkpoints)
+
+    def _begin(self, *, is_branch: bool) -> None:
+        self._is_branch = is_branch
+        self._queue: deque[Execution | Step] = deque()
+        self._runner: asyncio.Task[None] | None = None
+        self._stops: dict[int, Stop] = {}
+        self._running_cell = 0
+
+    def make_branch(self, of: Copy) -> Self:
+        """See `Forking`."""
+        made = copy.copy(self)
+        made._registry = self._registry.branch() if self._registry is not None else None  # noqa: SLF001 - one of its own kind
+        made._begin(is_branch=True)  # noqa: SLF001
+        made._begin_with(of)  # noqa: SLF001
+        return made
 
     async def __aenter__(self) -> Self:
         if not self._is_branch:
@@ -159,7 +137,7 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
         """
         if self._connected:
             raise StateError("this client is connected already")
-        self._session = await self.open_session()
+        await self.begin_session()
         self._connected = True
 
     async def disconnect(self) -> None:
@@ -176,7 +154,10 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
             await asyncio.wait([runner])
         if session is not None:
             await session.close()
-        await self._checkpoints.close()
+        late, self._session = self._session, None
+        if late is not None:
+            await late.close()
+        await self.close_copies()
         await self.close_servers()
         while self._queue:
             waiting = self._queue.popleft()
@@ -225,198 +206,18 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
         self._start_runner()
         return execution
 
+    def submit_step(self, step: Step) -> None:
+        """See `Forking`."""
+        self._queue.append(step)
+        self._start_runner()
+
+    def withdraw_step(self, step: Step) -> None:
+        """See `Forking`."""
+        self._queue.remove(step)
+
     def _start_runner(self) -> None:
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run_queue())
-
-    # -- copies --------------------------------------------------------------------------------------------------
-
-    async def fork(self, *, force: bool = False, timeout: float = 120) -> Self:
-        """Copy the session, in its turn behind the cells submitted before.
-
-        The copy has every variable and import, in the same memory until one of the two writes; from then on both go on
-        by themselves, with clients of their own. The copy is connected: leave its context, or `disconnect` it, to end
-        it; it does not end with this one. What is random in Python and NumPy by itself differs between the two; a
-        generator that a cell has made is a variable like others. Folders, `/tmp`, open files with their positions,
-        and processes are shared: the two are not protected from each other, and `Limits` bound them together.
-
-        Args:
-            force: copy all the same if there are threads, asyncio tasks or running subprocesses, which the copy will
-                not have.
-            timeout: seconds, the time behind cells submitted before included.
-
-        Raises:
-            ForkRefused: a copy would miss something, which is named.
-            LimitExceeded: one of the session's limits (`pids`, `memory`) does not allow it.
-            SessionBroken: the kernel did not answer as it must; its state is lost.
-            ExecutionTimeout: it was not this request's turn in time.
-            InvalidArgument, StateError: as of `submit`.
-        """
-        return await self._do(timeout, lambda: self._fork(force=force))
-
-    async def _fork(self, *, force: bool, prepare: Callable[[Self], Awaitable[None]] | None = None) -> Self:
-        branch = self._twin(await self._copy(force=force))
-        if prepare is not None:
-            try:
-                await prepare(branch)
-            except BaseException:
-                await finish(branch.disconnect())
-                raise
-        return branch
-
-    def _twin(self, of: Copy) -> Self:
-        """A client like this one, of another session."""
-        made = copy.copy(self)
-        made._begin(of)  # noqa: SLF001 - one of its own kind
-        return made
-
-    def _begin(self, of: Copy | None = None) -> None:
-        self._session = of.session if of is not None else None
-        self._is_branch = of is not None
-        self._registry = self._registry.branch() if self._registry is not None else None
-        self._queue: deque[Execution | Step] = deque()
-        self._runner: asyncio.Task[None] | None = None
-        self._stops: dict[int, _Stop] = {}
-        self._running_cell = 0
-        self._cell = of.requests if of is not None else 0
-        self._checkpoints = Checkpoints(self._max_checkpoints)
-
-    async def checkpoint(self, name: str, *, force: bool = False, timeout: float = 120) -> Checkpoint:
-        """Keep the session as it is now, for `rollback`; in its turn, and at the price of a `fork`.
-
-        Args:
-            name: 1 to 100 printable characters; an older checkpoint of the same name is replaced.
-            force: see `fork`, as are `timeout` and the errors.
-            timeout: see there.
-
-        Raises:
-            StateError: there are `max_checkpoints` already.
-        """
-        self._checkpoints.check_name(name)
-        return await self._do(timeout, lambda: self._park(name, force=force))
-
-    async def _park(
-        self, name: str, *, force: bool, save: Callable[[Copy], Awaitable[Files]] | None = None
-    ) -> Checkpoint:
-        self._checkpoints.check_name(name)
-        made = await self._copy(force=force)
-        try:
-            files = await save(made) if save is not None else None
-        except BaseException:
-            await finish(made.session.close())
-            raise
-        return await self._checkpoints.keep(name, made, files)
-
-    async def rollback(self, name: str, *, timeout: float = 120) -> Checkpoint:
-        """Go back to a checkpoint, whatever has become of the session since; in its turn behind cells submitted before.
-
-        The session is then a copy of the checkpoint, which can be gone back to again. Files stay as they are, unless
-        they were kept with it.
-
-        Raises:
-            CheckpointMissing: (a `KeyError`) there is none of this name, or its process is gone; nothing has changed.
-            LimitExceeded: one of the session's limits (`pids`, `memory`) does not allow it; nothing has changed.
-            ExecutionTimeout, InvalidArgument, StateError: as of `fork`.
-        """
-        self._checkpoints.find(name)
-        return await self._do(timeout, lambda: self._go_back(name))
-
-    async def _go_back(self, name: str) -> Checkpoint:
-        parked = self._checkpoints.find(name)
-        made = await self._checkpoints.wake(parked)
-        if parked.files is not None:
-            try:
-                await self.restore_files(made, parked.files)
-            except BaseException:
-                await finish(made.session.close())
-                raise
-        await self._replace_session(made)
-        self.note_rollback(parked.checkpoint)
-        if self._recovers:
-            # What was kept since is what nobody wants any more.
-            await self._keep_good()
-        return parked.checkpoint
-
-    def checkpoints(self) -> list[Checkpoint]:
-        """The checkpoints that can be gone back to, the oldest first."""
-        kept = [parked.checkpoint for parked in self._checkpoints.parked.values() if not parked.session.ended]
-        return sorted(kept, key=lambda checkpoint: checkpoint.created)
-
-    async def discard(self, name: str) -> None:
-        """Let a checkpoint go. Raises `CheckpointMissing`."""
-        await self._checkpoints.discard(name)
-
-    async def _copy(self, *, force: bool) -> Copy:
-        try:
-            session = await self._live_session()
-        except (ConnectionError, SandboxUnavailable, ProtocolError) as exc:
-            raise SessionBroken(f"no kernel could be had ({exc})") from exc
-        self._cell += 1
-        try:
-            return await copy_of(session, self._cell, force=force, timeout=_COPY_SECONDS)
-        except SessionBroken:
-            await self._drop(session)
-            await self._go_back_to_good()
-            raise
-
-    async def _replace_session(self, found: Copy) -> None:
-        older, self._session = self._session, found.session
-        self._lost_state = False
-        self._cell = found.requests
-        if older is not None:
-            await finish(older.close())
-
-    async def _keep_good(self) -> None:
-        """Keep the session as the last good state; what cannot be copied is gone back behind."""
-        session = self._session
-        if session is None or session.ended:
-            return
-        self._cell += 1
-        try:
-            await self._checkpoints.keep_good(await copy_of(session, self._cell, force=False, timeout=_COPY_SECONDS))
-        except (ForkRefused, LimitExceeded) as exc:
-            logger.info("the session's state was not kept: %s", exc)
-        except SessionBroken:
-            await self._drop(session)
-            await self._go_back_to_good()
-
-    async def _go_back_to_good(self) -> int | None:
-        """Take up the last good state; the number of its cell, None if there is none to be had."""
-        good = self._checkpoints.good
-        if good is None or not self._connected:
-            return None
-        try:
-            await self._replace_session(await self._checkpoints.wake(good))
-        except (CheckpointMissing, LimitExceeded) as exc:
-            logger.warning("the last good state is lost too: %s", exc)
-            return None
-        return good.checkpoint.cell
-
-    async def _do(self, timeout: float, work: Callable[[], Awaitable[T]]) -> T:
-        """Have something done in turn with the executions. Once it has begun it is done to its end."""
-        check_timeout(timeout)
-        self.check_connected()
-        step = Step(work)
-        self._queue.append(step)
-        self._start_runner()
-        try:
-            await asyncio.wait([step.done], timeout=min(timeout, _LONGEST))
-            if not step.begun and not step.done.done():
-                self._queue.remove(step)
-                raise ExecutionTimeout(timeout, state_kept=True, started=False, what="request")
-            return await asyncio.shield(step.done)
-        except asyncio.CancelledError:
-            await finish(self._undo(step))
-            raise
-
-    async def _undo(self, step: Step) -> None:
-        """Nobody wants what a step makes any more."""
-        if not step.begun and step in self._queue:
-            self._queue.remove(step)
-            return
-        await asyncio.wait([step.done])
-        if step.done.exception() is None and isinstance(step.done.result(), ExecutionClient):
-            await step.done.result().disconnect()
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 
@@ -435,18 +236,6 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
 
     async def note_end(self, execution: Execution) -> None:
         """Called once for every execution that ran, after its outcome is known."""
-
-    def note_rollback(self, checkpoint: Checkpoint) -> None:
-        """Called when the session has gone back to a checkpoint."""
-
-    async def restore_files(self, made: Copy, files: Files) -> None:
-        """Put files back that were kept with a checkpoint. This class keeps none."""
-
-    async def ask(self, request: dict[str, Any]) -> None:
-        """Have the kernel do something that is no cell, when nothing else is sent to it. Raises as `forks.ask`."""
-        assert self._session is not None  # noqa: S101 - for twins, which begin with one
-        self._cell += 1
-        await ask(self._session, {**request, "id": self._cell})
 
     async def open_session(self) -> Session:
         """A fresh kernel. Raises `ConnectionError`, `SandboxUnavailable`, `ProtocolError`."""
@@ -473,7 +262,7 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
                 logger.exception("a cell could not be followed")
                 outcome = Lost(f"actbox failed ({exc!r})")
                 if self._session is not None:
-                    await self._drop(self._session)
+                    await self.drop_session(self._session)
             finally:
                 stop = self._stops.pop(id(execution), None)
                 if stop is not None and stop.timer is not None:
@@ -487,13 +276,13 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
             except Exception:
                 # A note that cannot be taken is no reason to let the cells behind wait for ever.
                 logger.exception("an execution's end could not be noted")
-            if self._recovers and isinstance(outcome, Finished) and execution.transfer is None:
-                await self._keep_good()
+            if self._recovers and isinstance(outcome, Finished) and _changes_state(execution):
+                await self.keep_good()
 
     async def _recovered(self, outcome: Outcome) -> Outcome:
         """The outcome, and if it cost the state and that could be had back, said so."""
         if isinstance(outcome, Ended) and self._session is None:
-            number = await self._go_back_to_good()
+            number = await self.go_back_to_good()
             if number is not None:
                 return replace(outcome, rolled_back_to=number)
         return outcome
@@ -503,16 +292,16 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
             if not self._connected:
                 break
             try:
-                session = await self._live_session()
+                session = await self.live_session()
             except (ConnectionError, SandboxUnavailable, ProtocolError) as exc:
                 return Lost(f"no kernel could be had ({exc})")
             stop = self._stops.get(id(execution))
             if stop is not None:
-                return _not_started(stop)
-            execution.begin(session.limits, restarted=self._lost_state)
+                return endings.not_started(stop)
+            execution.begin(session.limits, restarted=self._lost_state, rolled_back_to=self._went_back)
             if execution.transfer is None:
-                # A cell's result says that the state was lost. A transfer has none: the next cell's will say it.
-                self._lost_state = False
+                # A cell's result says what became of the state. A transfer has none: the next cell's will say it.
+                self._lost_state, self._went_back = False, None
             self._cell += 1
             self._running_cell = self._cell
             with self._bounded(execution, session):
@@ -543,17 +332,6 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
             if timer is not None:
                 timer.cancel()
 
-    async def _live_session(self) -> Session:
-        session = self._session
-        if session is not None and not session.ended:
-            return session
-        if session is not None:
-            await session.close()
-            self._session = None
-            self._lost_state = True
-        self._session = await self.open_session()
-        return self._session
-
     async def _run_in(self, execution: Execution, session: Session, cell: int) -> Outcome | None:
         """Send the cell and follow it to its end; None if the kernel was gone before it began."""
         sending: asyncio.Task[None] | None = None
@@ -569,7 +347,9 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
                     case messages.Reply(number, status, count, left_out, passed) if number == cell:
                         if execution.transfer is not None and left_out:
                             execution.transfer.left_out = left_out
-                        return self._ending(execution, status, count, read_overrun(passed, session.limits))
+                        stop = self._stops.get(id(execution))
+                        refused = read_overrun(passed, session.limits)
+                        return endings.replied(execution, stop, status, count, refused)
                     case messages.Archive(number, data) if number == cell:
                         await execution.take_archive(data)
                     case messages.Call():
@@ -579,8 +359,8 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
                     case _:
                         await execution.take(message)
         except ProtocolError as exc:
-            await self._drop(session)
-            return _violation(str(exc))
+            await self.drop_session(session)
+            return endings.violation(str(exc))
         except (OSError, frames.FrameError):
             # The stream ended while it was written to.
             pass
@@ -608,63 +388,22 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
         stop = self._stops.get(id(execution))
         return stop is not None and stop.killed
 
-    def _ending(self, execution: Execution, status: str, count: int, refused: Overrun | None) -> Outcome:
-        stop = self._stops.get(id(execution))
-        error = execution.fold.error if execution.fold is not None else None
-        if stop is not None and stop.why == "timeout":
-            return TimedOut(stop.timeout, state_kept=True)
-        if stop is not None and stop.overrun is not None:
-            return Exceeded(stop.overrun, state_kept=True)
-        if stop is not None and status == "interrupted":
-            return Interrupted(state_kept=True, error=error)
-        if status == "ok":
-            return Finished(count)
-        if error is not None and execution.calls_over is not None and is_budget(error.name):
-            return Exceeded(execution.calls_over, state_kept=True, error=error)
-        if refused is not None and error is not None:
-            return Exceeded(refused, state_kept=True, error=error)
-        return Failed(error or Error("KeyboardInterrupt" if status == "interrupted" else "Error", "", ""), count)
-
     async def _after_end(self, execution: Execution, session: Session, cell: int) -> Outcome | None:
         exit_ = await session.exited(_EXIT_SECONDS / 5)
-        lives_on = exit_ is None
-        if lives_on:
+        lived_on = exit_ is None
+        if lived_on:
             # The kernel closed its stream but lives on: it is of no more use.
             session.kill()
             exit_ = await session.exited(_EXIT_SECONDS)
-        await self._drop(session)
-        stop = self._stops.get(id(execution))
-        if exit_ is not None and exit_.violation is not None:
-            return _violation(exit_.violation)
-        if exit_ is not None and exit_.gone:
-            return Lost("the container is gone")
-        if exit_ is not None and exit_.overrun is not None:
-            return Exceeded(exit_.overrun, state_kept=False)
-        if stop is not None:
-            if stop.overrun is not None:
-                return Exceeded(stop.overrun, state_kept=False)
-            if stop.why == "timeout":
-                return TimedOut(stop.timeout, state_kept=False)
-            return Interrupted(state_kept=False)
-        if exit_ is not None and exit_.killed and not lives_on:
-            return Lost("the session was closed")
-        if exit_ is not None and exit_.begun is not None and exit_.begun < cell and not execution.has_output:
-            return None
-        return Died(reason="it closed its stream and was killed") if lives_on else _death(exit_)
-
-    async def _drop(self, session: Session) -> None:
-        """The session is of no more use; the next cell gets another, and is told so."""
-        if self._session is session:
-            self._session = None
-            self._lost_state = True
-        await session.close()
+        await self.drop_session(session)
+        return endings.ended(execution, self._stops.get(id(execution)), cell, exit_, lived_on=lived_on)
 
     # -- ending cells --------------------------------------------------------------------------------------------
 
     def stop(
         self,
         execution: Execution,
-        why: Literal["interrupt", "timeout", "limit"],
+        why: Why,
         timeout: float = 0.0,
         overrun: Overrun | None = None,
     ) -> None:
@@ -675,9 +414,9 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
             return
         if execution is not self._queue[0]:
             self._queue.remove(execution)
-            execution.end(_not_started(_Stop(why, timeout)))
+            execution.end(endings.not_started(Stop(why, timeout)))
             return
-        stop = _Stop(why, timeout, overrun)
+        stop = Stop(why, timeout, overrun)
         self._stops[id(execution)] = stop
         execution.release()
         session = self._session
@@ -686,7 +425,12 @@ class ExecutionClient(FileTransfers, Variables, Saving, McpServers):
             stop.timer = asyncio.get_running_loop().call_later(self._grace, _kill, stop, session)
 
 
-def _kill(stop: _Stop, session: Session) -> None:
+def _changes_state(execution: Execution) -> bool:
+    """Whether it may have changed variables: as a cell, or as a request that puts some there."""
+    return execution.transfer is None or execution.transfer.request["type"] in ("set", "restore")
+
+
+def _kill(stop: Stop, session: Session) -> None:
     stop.killed = True
     session.kill()
 
@@ -698,21 +442,3 @@ def _numbered(session: Session, cell: int) -> Callable[[dict[str, Any], bytes], 
         await session.send({**header, "id": cell}, payload)
 
     return send
-
-
-def _violation(what: str) -> Lost:
-    return Lost(f"the session was ended, its guest broke the rules of the wire: {what}", violation=True)
-
-
-def _not_started(stop: _Stop) -> Outcome:
-    if stop.why == "timeout":
-        return TimedOut(stop.timeout, state_kept=True, started=False)
-    return Interrupted(state_kept=True, started=False)
-
-
-def _death(exit_: Exit | None) -> Died:
-    if exit_ is None or exit_.status is None:
-        return Died(reason="nothing is known of its end")
-    if os.WIFSIGNALED(exit_.status):
-        return Died(signal=os.WTERMSIG(exit_.status), memory_limit=exit_.memory_limit)
-    return Died(exit_code=os.waitstatus_to_exitcode(exit_.status))

@@ -192,6 +192,7 @@ def ending_frames(ending: Ending) -> Iterator[Frame]:
             "omitted_bytes": result.omitted_bytes,
             "omitted_media": result.omitted_media + left_out,
             "restarted": result.restarted,
+            "rolled_back_to": result.rolled_back_to,
             "execution_count": result.execution_count,
             "duration": result.duration,
         },
@@ -213,7 +214,7 @@ def read_ending(answer: list[Frame]) -> Ending:
             case {"type": "error", "event": header}:
                 told = read_event(header, frame.payload)
                 error = told if isinstance(told, Error) else None
-            case {"type": "ending", "outcome": fields} as header:
+            case {"type": "ending", "outcome": fields, "rolled_back_to": int() | None as back} as header:
                 result = ExecutionResult(
                     join_text(outputs) or None,
                     images,
@@ -223,6 +224,7 @@ def read_ending(answer: list[Frame]) -> Ending:
                     header.get("restarted") is True,
                     _count(header, "execution_count"),
                     _seconds(header, "duration"),
+                    rolled_back_to=back,
                 )
                 return Ending(read_outcome(fields, error), result)
             case _:

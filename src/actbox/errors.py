@@ -27,6 +27,9 @@
     │   ├── VariableMissing (LookupError)     there is none of this name
     │   └── VariableUnsupported (TypeError)   a type that does not travel
     ├── StateRefused                          a session's state that cannot be saved or restored: says why
+    ├── ForkRefused                           a session that was not copied, and goes on: says why
+    ├── CheckpointMissing (KeyError)          there is no such state to go back to, or no more
+    ├── SessionBroken                         a kernel that would not be copied as kernels are; it was ended
     ├── ExecutionUnknown (KeyError)           no execution of this id is kept
     ├── StillRunning (TimeoutError)           the wait is over, the cell is not
     ├── ExecutionTimeout (TimeoutError)       a cell outlived its time; says whether the state was kept
@@ -38,8 +41,8 @@
 Whose fault it is can be read from the branch: the caller's (`InvalidArgument`, `StateError`, `WorkspaceError`,
 `LocalPathError`, `EnvironmentNotFound`, `EnvironmentUnusable`, `PortInUse`), the machine's (`SandboxUnavailable`,
 `EnvironmentBuildError`, `ConnectionError`), another program's (`McpServerError`), the guest's (`ProtocolError`,
-`TransferRefused`, `VariableRefused`, `StateRefused`, `ExecutionTimeout`, `ExecutionError`). Facts are fields,
-prose is `str()`.
+`TransferRefused`, `VariableRefused`, `StateRefused`, `ForkRefused`, `CheckpointMissing`, `SessionBroken`,
+`ExecutionTimeout`, `ExecutionError`). Facts are fields, prose is `str()`.
 
 This module imports nothing of actbox.
 """
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActboxError",
+    "CheckpointMissing",
     "ConnectionError",
     "DotenvError",
     "DriveRefused",
@@ -66,6 +70,7 @@ __all__ = [
     "ExecutionLost",
     "ExecutionTimeout",
     "ExecutionUnknown",
+    "ForkRefused",
     "InvalidArgument",
     "InvalidKey",
     "KernelDied",
@@ -77,6 +82,7 @@ __all__ = [
     "PortInUse",
     "ProtocolError",
     "SandboxUnavailable",
+    "SessionBroken",
     "SessionGone",
     "StateError",
     "StateRefused",
@@ -311,8 +317,14 @@ class CheckpointMissing(ActboxError, KeyError):
 class SessionBroken(ActboxError):
     """The kernel did not do what kernels do when it was to be copied: it was ended, and the session's state is lost.
 
-    Where a state to go back to is kept (`recover=True`), the session has gone back to it.
+    `reason` says what it did. Where a state to go back to is kept (`recover=True`) the session has gone back to it, and
+    `rolled_back_to` is the number of the cell after which it was as it is again.
     """
+
+    def __init__(self, reason: str, *, rolled_back_to: int | None = None) -> None:
+        self.reason = reason
+        self.rolled_back_to = rolled_back_to
+        super().__init__(f"{reason}; {_fate(rolled_back_to)}")
 
 
 class VariableRefused(ActboxError):

@@ -69,7 +69,12 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class KernelRestarted:
-    """This cell runs in a fresh kernel: the one before died, and the session's state with it."""
+    """The kernel before this cell had died: the cell runs in a fresh one, without the session's state.
+
+    With `rolled_back_to` it runs in a copy that was kept after the cell of that number (`recover=True`).
+    """
+
+    rolled_back_to: int | None = None
 
 
 Event = Stream | DisplayData | UpdateDisplayData | ExecuteResult | ClearOutput | Error | KernelRestarted

@@ -244,16 +244,17 @@ class Execution:
 
     # -- for the client ------------------------------------------------------------------------------------------
 
-    def begin(self, limits: Limits, *, restarted: bool) -> None:
-        """A kernel is about to get the cell."""
+    def begin(self, limits: Limits, *, restarted: bool, rolled_back_to: int | None = None) -> None:
+        """A kernel is about to get the cell: see `ExecutionResult` for what became of the one before."""
         if self._fold is None:
             self._fold = Fold(limits.output, limits.media)
             self._media_limit = limits.media
             self._began = asyncio.get_running_loop().time()
             self.started = datetime.now(UTC)
-        if restarted:
-            self._fold.restarted = True
-            self._give_event(KernelRestarted())
+        if restarted or rolled_back_to is not None:
+            event = KernelRestarted(rolled_back_to)
+            self._fold.add(event)
+            self._give_event(event)
 
     async def take(self, event: Event) -> None:
         """An event of the kernel. Returns when there is room for more."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
-import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -16,17 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from actbox.client import Execution, ExecutionClient
 from actbox.container import ExecutionContainer
 from actbox.dotenv import dotenv_variables
-from actbox.errors import InvalidArgument
+from actbox.errors import ForkRefused, InvalidArgument
 from actbox.events import Died, Exceeded, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
-from actbox.files import ImageFolder, TextFolder, remove_folder, replace_file
-from actbox.forks import Checkpoint, Copy, Files
-from actbox.guest.folders import BRANCHES
+from actbox.files import ImageFolder, replace_file
+from actbox.forks import Checkpoint, Copy, KernelRefused
 from actbox.history import History
+from actbox.kept_files import KeptFiles, keep_folder, put_back
 from actbox.logger import Logger
 from actbox.notebook import make_notebook, notebook_bytes
 from actbox.outputs import strip_ansi
-from actbox.shielded import in_thread
 from actbox.spec import DEFAULT_TAG, MIB, Bind, bind_target, check_key
+from actbox.work_folder import WorkFolder
 from actbox.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
 
     from actbox.egress import Record
     from actbox.network import Network
-    from actbox.sessions import Session
     from actbox.skills import Skill
     from actbox.spec import Limits
 
@@ -50,8 +47,6 @@ __all__ = [
 SHARED = "skills/shared"
 PRIVATE = "skills/private"
 _LOGGED_CHARACTERS = 10_000
-# A private folder may hold gigabytes.
-_FILES_SECONDS = 600.0
 
 
 class CodeExecutionContainer(ExecutionContainer):
@@ -158,13 +153,9 @@ class CodeExecutor(ExecutionClient):
         self._history = History(history)
         self._workspace = workspace
         self._logger = logger
-        # Of a branch: whose folder it works in, and the name of its copy.
-        self._folder = self._key
-        self._copied: str | None = None
-        self._owns_copy = False
         super().__init__(*args, **kwargs)
         self._images = ImageFolder(self.images_dir)
-        self._texts = TextFolder(self.working_dir)
+        self._place = self.fresh_place()
 
     async def connect(self) -> None:
         """Make the executor's folders, then connect; see `ExecutionClient.connect`.
@@ -189,14 +180,16 @@ class CodeExecutor(ExecutionClient):
             key: the branch's own, for its images and the log, and for the fresh kernel that it gets if it loses this
                 one; None for this executor's.
             files: "shared": it works in the same private folder. "copy": in a copy of that, made by reflink where the
-                disk can, below `.branches` there; `working_dir` says where, and when the branch is disconnected it is
-                removed. It keeps branches out of each other's way, not out of each other's reach.
+                disk can, below `.branches` there; `working_dir` says where. It is removed when the last that works
+                there is disconnected: the branch, and forks of it. It keeps branches out of each other's way, not
+                out of each other's reach.
             force: see there.
-            timeout: see there.
+            timeout: see there; a folder that is not copied by then is given up, and so is the branch.
 
         Raises:
             InvalidKey: the key cannot be used.
             InvalidArgument: `files` is something else.
+            ProtocolError: the copy broke the rules of the wire; the session itself goes on.
             WorkspaceError: a folder of the key's cannot be used.
         """
         if files not in ("shared", "copy"):
@@ -204,39 +197,41 @@ class CodeExecutor(ExecutionClient):
         if key is not None:
             self._workspace.prepare_key(key)
 
-        async def prepare(branch: Self) -> None:
-            branch._become_branch(key)
+        async def prepare(branch: Self, made: Copy) -> None:
+            if key is not None:
+                branch._key = key
+                branch._images = ImageFolder(branch.images_dir)
             if files == "copy":
-                name = secrets.token_hex(8)
-                await branch.ask({"type": "settle", "name": name})
-                branch._copied, branch._owns_copy = name, True
-                branch._texts = TextFolder(branch.working_dir)
+                await branch._move_into_copy(made)
 
-        return await self._do(timeout, lambda: self._fork(force=force, prepare=prepare))
+        return await self.in_turn(timeout, lambda step: self._fork(step, force=force, prepare=prepare))
 
-    def _become_branch(self, key: str | None) -> None:
-        self._owns_copy = False
-        self._history = self._history.branch()
-        if key is not None:
-            self._key = check_key(key)
-            self._images = ImageFolder(self.images_dir)
+    async def _move_into_copy(self, made: Copy) -> None:
+        name = secrets.token_hex(8)
+        # It is this branch's from now on, so that what is there of it goes with it, whatever becomes of the copying.
+        await self.work_in(self._folder_of(self._folder.key, name))
+        try:
+            await made.ask({"type": "settle", "name": name})
+        except KernelRefused as exc:
+            raise ForkRefused(exc.reason("FolderRefused")) from exc
 
-    async def disconnect(self) -> None:
-        """See `ExecutionClient.disconnect`; of a branch that works in a copy of the folder, this removes it."""
-        await super().disconnect()
-        await self._leave_folder()
+    def make_branch(self, of: Copy) -> Self:
+        """See `ExecutionClient.make_branch`."""
+        made = super().make_branch(of)
+        made._history = self._history.branch()  # noqa: SLF001 - one of its own kind
+        return made
 
-    async def open_session(self) -> Session:
-        """See `ExecutionClient.open_session`. A branch that has lost its kernel gets one in the folder of its key."""
-        session = await super().open_session()
-        await self._leave_folder()
-        return session
+    def fresh_place(self) -> WorkFolder:
+        """See `ExecutionClient.fresh_place`. A branch that has lost its kernel gets one in the folder of its key."""
+        return self._folder_of(self._key)
 
-    async def _leave_folder(self) -> None:
-        folder, name, self._folder, self._copied = self._folder, self._copied, self._key, None
-        self._texts = TextFolder(self.working_dir)
-        if name is not None and self._owns_copy:
-            await in_thread(remove_folder, self._workspace.private_skills_path, folder, BRANCHES, name)
+    def _folder_of(self, key: str, copy: str | None = None) -> WorkFolder:
+        return WorkFolder(self._workspace.private_skills_path, f"/app/{PRIVATE}", key, copy)
+
+    @property
+    def _folder(self) -> WorkFolder:
+        assert self._place is not None  # noqa: S101 - `fresh_place` always gives one
+        return self._place
 
     async def checkpoint(
         self, name: str, *, files: bool = False, force: bool = False, timeout: float = 120
@@ -245,49 +240,45 @@ class CodeExecutor(ExecutionClient):
 
         Args:
             name: see there.
-            files: keep the private folder with it, on the host, up to `Limits.disk`; `rollback` then puts it back as it
-                was. Symbolic links are left out, and named.
+            files: keep the private folder with it, in a file of the host's that has no name, up to about `Limits.disk`;
+                `rollback` then puts it back as it was. Symbolic links are left out, and named.
             force: see there.
-            timeout: see there.
+            timeout: see there; files that are not kept by then are given up, and so is the checkpoint.
 
         Raises:
             TransferRefused: the folder cannot be copied.
             LocalPathError: nor be kept here.
+            ProtocolError: what the copy sends is no folder; the session itself goes on.
         """
         self._checkpoints.check_name(name)
-        save = self._save_files if files else None
-        return await self._do(timeout, lambda: self._park(name, force=force, save=save))
 
-    async def _save_files(self, made: Copy) -> Files:
-        place = Path(await in_thread(tempfile.mkdtemp, prefix="actbox-checkpoint-"))
-        try:
-            twin = self._twin(made)
-            most = made.session.limits.disk
-            left_out = await twin.download_directory(
-                self._inside, place / "files", _FILES_SECONDS, max_bytes=most, without=(BRANCHES,)
-            )
-            made.requests = twin._cell  # noqa: SLF001 - one of its own kind
-        except BaseException:
-            await in_thread(shutil.rmtree, place, ignore_errors=True)
-            raise
-        return Files(place, tuple(left_out))
+        async def keep(made: Copy) -> KeptFiles:
+            return await keep_folder(made, self._folder.inside)
+
+        return await self.in_turn(
+            timeout, lambda step: self._park(step, name, force=force, keep=keep if files else None)
+        )
+
+    async def rollback(self, name: str, *, timeout: float = 120) -> Checkpoint:
+        """Go back to a checkpoint; see `ExecutionClient.rollback`, whose errors these are too.
+
+        Files that were kept with it are put back before anything else changes. If that fails the session goes on as it
+        is, the folder may be half done, and the checkpoint is still there to be tried again.
+
+        Raises:
+            TransferRefused, ProtocolError: the folder could not be made what it was.
+            LocalPathError: what was kept cannot be read here any more.
+            LimitExceeded: (`disk`, `files`) too.
+        """
+        return await super().rollback(name, timeout=timeout)
 
     def note_rollback(self, checkpoint: Checkpoint) -> None:
         """See `ExecutionClient.note_rollback`."""
         self._history.mark(f"Here the session went back to its state after cell {checkpoint.cell}.")
 
-    async def restore_files(self, made: Copy, files: Files) -> None:
+    async def restore_files(self, made: Copy, files: KeptFiles) -> None:
         """See `ExecutionClient.restore_files`."""
-        twin = self._twin(made)
-        await twin.ask({"type": "clear"})
-        await twin.upload_directory(self._inside, files.place / "files", _FILES_SECONDS)
-        made.requests = twin._cell  # noqa: SLF001
-
-    @property
-    def _inside(self) -> str:
-        """The private folder as the session sees it."""
-        place = f"/app/{PRIVATE}/{self._folder}"
-        return place if self._copied is None else f"{place}/{BRANCHES}/{self._copied}"
+        await put_back(made, files, (made.place or self._folder).inside)
 
     @property
     def key(self) -> str:
@@ -302,8 +293,7 @@ class CodeExecutor(ExecutionClient):
     @property
     def working_dir(self) -> Path:
         """The executor's private folder on the host; inside it is the working directory."""
-        place = self._workspace.private_skills_path / self._folder
-        return place if self._copied is None else place / BRANCHES / self._copied
+        return self._folder.path
 
     @property
     def images_dir(self) -> Path:
@@ -366,7 +356,8 @@ class CodeExecutor(ExecutionClient):
 
     def keep_text(self, text: str) -> str | None:
         """See `ExecutionClient.keep_text`."""
-        return f"{self._inside}/{self._texts.save(text)}"
+        folder = self._folder
+        return f"{folder.inside}/{folder.texts.save(text)}"
 
     async def note_end(self, execution: Execution) -> None:
         """See `ExecutionClient.note_end`."""
@@ -386,8 +377,10 @@ class CodeExecutor(ExecutionClient):
             metadata["text"] = result.text[:_LOGGED_CHARACTERS]
         if result.images:
             metadata["images"] = [str(image.path) for image in result.images]
-        if execution.restarted:
+        if result.restarted:
             metadata["restarted"] = True
+        if result.rolled_back_to is not None:
+            metadata["rolled_back_to"] = result.rolled_back_to
         what = "cell" if execution.transfer is None else "transfer"
         await self._logger.log(describe(execution.outcome, what), metadata)
 

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 from typing import TYPE_CHECKING
 
-from actbox.errors import ConnectionError
+from actbox.errors import ForkRefused
 from actbox.events import Overrun
 from actbox.shielded import finish
 
@@ -88,14 +88,14 @@ class Family:
         """A number for a kernel to be forked.
 
         Raises:
-            ConnectionError: 511 of them live.
+            ForkRefused: 511 of them live.
         """
         taken = {member.slot for member in self.members}
         for _ in range(_SLOTS - 1):
             self._slot = self._slot % (_SLOTS - 1) + 1
             if self._slot not in taken:
                 return self._slot
-        raise ConnectionError(f"the session has {_SLOTS - 1} forks already: close some")
+        raise ForkRefused(f"the session has {_SLOTS - 1} forks and checkpoints already: close or discard some")
 
     def begin_looking(self) -> None:
         """Look at what they use, until the end."""
@@ -130,9 +130,12 @@ class Family:
         for member in at_work or sorted(self.members, key=lambda member: member.slot)[:1]:
             member.pass_on(overrun)
 
-    def end(self) -> None:
-        """End the container, if it is theirs alone: a kernel may have killed or stopped its watcher there."""
-        if self._boundary is not None and len(self.members) <= 1:
+    def end(self, *, deaf: bool = False) -> None:
+        """End the container, if it is theirs alone: a kernel may have killed or stopped its watcher there.
+
+        Where others live in it, it goes on, unless the watcher is `deaf`: then nobody can end any of them.
+        """
+        if self._boundary is not None and (deaf or len(self.members) <= 1):
             self._close_soon(self._boundary.close())
 
     def _close_soon(self, closing: Coroutine[Any, Any, None]) -> None:

@@ -8,10 +8,9 @@ gone back to any number of times.
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from actbox.errors import (
     ActboxError,
@@ -26,19 +25,26 @@ from actbox.errors import (
 from actbox.events import Error
 from actbox.protocol import frames, messages
 from actbox.sessions import read_overrun
-from actbox.shielded import finish, in_thread
+from actbox.shielded import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-    from pathlib import Path
+    from collections.abc import Awaitable, Callable, Coroutine
 
+    from actbox.events import Overrun
+    from actbox.kept_files import KeptFiles
     from actbox.sessions import Session
+    from actbox.work_folder import WorkFolder
 
-_REFUSALS = ("ForkRefused", "FolderRefused")
+
+T = TypeVar("T")
 _MAX_NAME = 100
 _MAX_REASON = 1000
 # A copy of a checkpoint runs none of the guest's code, so that it takes moments; what does not answer is broken.
 _COPY_SECONDS = 20.0
+# How long a limit that refuses a copy may be due to processes that are being killed just then.
+_ROOM_SECONDS = 1.0
+_AGAIN_SECONDS = 0.02
+_EXIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,41 +66,131 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
-    """A folder's files on the host, in a folder of ours, and what of it is not among them."""
-
-    place: Path
-    left_out: tuple[str, ...]
-
-    def remove(self) -> None:
-        """Remove them."""
-        shutil.rmtree(self.place, ignore_errors=True)
+# -- one request of a session that is no cell ------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Parked:
-    """A copy that waits: its session, how many requests it was sent, and the files that were kept with it."""
+class KernelRefused(Exception):
+    """The kernel refuses a request: the name and the message of its exception, both the guest's word."""
 
-    session: Session
-    checkpoint: Checkpoint
-    files: Files | None = None
-    requests: int = 0
+    def __init__(self, name: str, value: str) -> None:
+        self.name = name
+        self.value = value
+        super().__init__(name, value)
 
-    async def close(self) -> None:
-        """End it, and remove its files."""
-        await self.session.close()
-        if self.files is not None:
-            await in_thread(self.files.remove)
+    def reason(self, *own: str) -> str:
+        """Why, printable and of one length; the names of `own` exceptions go without saying."""
+        text = self.value if self.name in own else f"{self.name}: {self.value}"
+        return messages.legible(text)[:_MAX_REASON]
+
+
+class Carried(Protocol):
+    """What an archive that goes with a request is made of, or becomes."""
+
+    async def send(self, send: Callable[[dict[str, Any], bytes], Awaitable[None]]) -> None:
+        """Send what follows the request."""
+        ...
+
+    async def take(self, data: bytes) -> None:
+        """A piece of the archive that comes. What it raises ends the request."""
+        ...
+
+
+async def ask(session: Session, request: dict[str, Any], carried: Carried | None = None) -> messages.Reply:
+    """Send an idle session a request, and wait for its end; for how long is the caller's affair.
+
+    A session whose request was not brought to its end here is of no more use.
+
+    Raises:
+        KernelRefused: the kernel refuses.
+        LimitExceeded: one of the session's limits does.
+        ProtocolError, OSError, FrameError: it does not answer as it must, or has ended.
+    """
+    number = request["id"]
+    await session.send(request)
+    if carried is None:
+        return await _answer(session, number, None)
+
+    async def send(header: dict[str, Any], payload: bytes) -> None:
+        await session.send({**header, "id": number}, payload)
+
+    # Beside each other: the kernel may end the request before all was sent, and what fails here must not wait for it.
+    sending = asyncio.ensure_future(carried.send(send))
+    answering = asyncio.ensure_future(_answer(session, number, carried))
+    try:
+        await asyncio.wait([sending, answering], return_when=asyncio.FIRST_EXCEPTION)
+        failed = sending.exception() if sending.done() else None
+        if failed is not None and (isinstance(failed, ActboxError) or not isinstance(failed, OSError)):
+            raise failed
+        # A stream that has ended is noticed where it is read.
+        return await answering
+    finally:
+        for task in (sending, answering):
+            task.cancel()
+        await asyncio.wait([sending, answering])
+
+
+async def _answer(session: Session, number: int, carried: Carried | None) -> messages.Reply:
+    error: Error | None = None
+    while (frame := await session.receive()) is not None:
+        match messages.decode(frame):
+            case messages.Reply(answered) as reply if answered == number:
+                if reply.status == "ok":
+                    return reply
+                name, value = (error.name, error.value) if error is not None else (reply.status, "")
+                overrun = read_overrun(reply.passed, session.limits)
+                if overrun is not None:
+                    raise _exceeded(overrun, name, value)
+                raise KernelRefused(name, value)
+            case messages.Archive(answered, data) if answered == number and carried is not None:
+                await carried.take(data)
+            case Error() as told:
+                error = told
+            case messages.Reply() | messages.Ready() | messages.SetupFailed() | messages.Archive() | messages.Call():
+                raise ProtocolError("the kernel answered out of turn")
+            case _:
+                # What threads of the session print meanwhile belongs to no cell.
+                continue
+    exit_ = await session.exited(_EXIT_SECONDS)
+    if exit_ is not None and exit_.overrun is not None:
+        raise _exceeded(exit_.overrun)
+    raise ConnectionResetError("the kernel ended")
+
+
+def _exceeded(overrun: Overrun, name: str | None = None, value: str | None = None) -> LimitExceeded:
+    return LimitExceeded(overrun.limit, overrun.bound, overrun.use, state_kept=True, name=name, value=value)
+
+
+# -- a copy ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Copy:
-    """A session with a fresh copy, the number of the last cell that it knows of, and how many requests it was sent."""
+    """A session with a fresh copy: the last cell that it knows of, how many requests it was sent, where it works.
+
+    It counts in `place` as one that works there, until it is closed, or whoever takes it up has left.
+    """
 
     session: Session
     cell: int
     requests: int = 0
+    place: WorkFolder | None = None
+
+    def settle_in(self, place: WorkFolder | None) -> None:
+        """This is where it works."""
+        self.place = place
+        if place is not None:
+            place.join()
+
+    async def ask(self, request: dict[str, Any], carried: Carried | None = None) -> messages.Reply:
+        """See `ask`."""
+        self.requests += 1
+        return await ask(self.session, {**request, "id": self.requests}, carried)
+
+    async def close(self) -> None:
+        """End it, and leave its folder."""
+        await self.session.close()
+        if self.place is not None:
+            await self.place.leave()
 
 
 async def copy_of(session: Session, request: int, *, force: bool, timeout: float) -> Copy:
@@ -115,7 +211,7 @@ async def copy_of(session: Session, request: int, *, force: bool, timeout: float
     try:
         async with asyncio.timeout(timeout):
             branch = await session.branch()
-            cell = await ask(session, {"type": "fork", "id": request, "slot": branch.slot, "force": force})
+            reply = await ask(session, {"type": "fork", "id": request, "slot": branch.slot, "force": force})
             try:
                 await branch.ready()
             except (ActboxError, OSError) as exc:
@@ -123,46 +219,39 @@ async def copy_of(session: Session, request: int, *, force: bool, timeout: float
     except BaseException as exc:
         if branch is not None:
             await finish(branch.close())
+        if isinstance(exc, KernelRefused):
+            raise ForkRefused(exc.reason("ForkRefused")) from exc
+        if isinstance(exc, ForkRefused):
+            raise
         if isinstance(exc, TimeoutError) and not isinstance(exc, ActboxError):
             raise SessionBroken(f"the kernel was not copied within {timeout:g} s") from exc
-        if isinstance(exc, OSError | ProtocolError | frames.FrameError) and not isinstance(exc, ForkRefused):
+        if isinstance(exc, OSError | ProtocolError | frames.FrameError):
             raise SessionBroken(str(exc)[:_MAX_REASON]) from exc
         raise
-    return Copy(branch, cell)
+    return Copy(branch, reply.execution_count)
 
 
-async def ask(session: Session, request: dict[str, Any]) -> int:
-    """Send an idle session a request, and wait for its end; the number of its last cell.
+# -- copies that wait ------------------------------------------------------------------------------------------------
 
-    Raises:
-        ForkRefused: the kernel refuses.
-        LimitExceeded: one of the session's limits does.
-        ProtocolError, OSError: it does not answer as it must.
-    """
-    number = request["id"]
-    await session.send(request)
-    error: Error | None = None
-    while (frame := await session.receive()) is not None:
-        match messages.decode(frame):
-            case messages.Reply(answered, status, cell, _, passed) if answered == number:
-                if status == "ok":
-                    return cell
-                overrun = read_overrun(passed, session.limits)
-                name, value = (error.name, error.value) if error is not None else (status, "")
-                if overrun is not None:
-                    raise LimitExceeded(
-                        overrun.limit, overrun.bound, overrun.use, state_kept=True, name=name, value=value
-                    )
-                reason = value if name in _REFUSALS else f"{name}: {value}"
-                raise ForkRefused(messages.legible(reason)[:_MAX_REASON])
-            case Error() as told:
-                error = told
-            case messages.Reply() | messages.Ready() | messages.SetupFailed() | messages.Archive():
-                raise ProtocolError("the kernel answered out of turn")
-            case _:
-                # What threads of the session print meanwhile belongs to no cell.
-                continue
-    raise ConnectionResetError("the kernel ended")
+
+@dataclass(slots=True)
+class Parked:
+    """A copy that waits, the files that were kept with it, and the folder that it works in."""
+
+    copy: Copy
+    checkpoint: Checkpoint
+    files: KeptFiles | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it cannot be gone back to any more."""
+        return self.copy.session.ended
+
+    async def close(self) -> None:
+        """End it, and let go of its files and its folder."""
+        await self.copy.close()
+        if self.files is not None:
+            await self.files.close()
 
 
 @dataclass(slots=True)
@@ -177,31 +266,48 @@ class Checkpoints:
         """Raises `InvalidArgument` unless it can be a checkpoint's name, `StateError` if there is no room for it."""
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _MAX_NAME:
             raise InvalidArgument("name", name, f"pass 1 to {_MAX_NAME} printable characters")
-        if name not in self.parked and len(self.parked) >= self.most:
+        if name not in self.parked and len(self.alive()) >= self.most:
             raise StateError(f"there are {self.most} checkpoints already: discard some, or raise max_checkpoints")
 
-    async def keep(self, name: str, copy: Copy, files: Files | None = None) -> Checkpoint:
-        """Park a copy under a name, in the place of an older one; `files` belong to it from now on."""
+    def alive(self) -> list[Checkpoint]:
+        """Those that can be gone back to, the oldest first."""
+        kept = [parked.checkpoint for parked in self.parked.values() if not parked.ended]
+        return sorted(kept, key=lambda checkpoint: checkpoint.created)
+
+    async def keep(self, name: str, copy: Copy, files: KeptFiles | None = None) -> Checkpoint:
+        """Park a copy under a name, in the place of an older one; all of it belongs to this from now on."""
         left_out = files.left_out if files is not None else ()
         checkpoint = Checkpoint(name, copy.cell, time.time(), files is not None, left_out)
-        parked = Parked(copy.session, checkpoint, files, copy.requests)
-        older, self.parked[name] = self.parked.get(name), parked
-        if older is not None:
-            await finish(older.close())
+        going = [self.parked.pop(name)] if name in self.parked else []
+        while len(self.parked) >= max(self.most, 1):
+            # Only what is dead can be too much.
+            dead = next((each for each, parked in self.parked.items() if parked.ended), None)
+            if dead is None:
+                break
+            going.append(self.parked.pop(dead))
+        self.parked[name] = Parked(copy, checkpoint, files)
+        for parked in going:
+            await finish(parked.close())
         return checkpoint
 
     async def keep_good(self, copy: Copy) -> None:
         """Park a copy as the last good state."""
-        older, self.good = self.good, Parked(copy.session, Checkpoint("", copy.cell, time.time()))
+        older, self.good = self.good, Parked(copy, Checkpoint("", copy.cell, time.time()))
+        if older is not None:
+            await finish(older.close())
+
+    async def drop_good(self) -> None:
+        """There is no good state any more."""
+        older, self.good = self.good, None
         if older is not None:
             await finish(older.close())
 
     def find(self, name: str) -> Parked:
         """The one of this name. Raises `CheckpointMissing`."""
-        parked = self.parked.get(name)
+        parked = self.parked.get(name) if isinstance(name, str) else None
         if parked is None:
             raise CheckpointMissing(name, "there is none of this name")
-        if parked.session.ended:
+        if parked.ended:
             raise CheckpointMissing(name, "its process has been killed, by the session itself or for its memory")
         return parked
 
@@ -212,15 +318,28 @@ class Checkpoints:
             CheckpointMissing: it is gone, or broken; it is dropped.
             LimitExceeded: one of the session's limits does not allow it.
         """
-        parked.requests += 1
+        ends = asyncio.get_running_loop().time() + _ROOM_SECONDS
+        while True:
+            try:
+                return await self._copy(parked)
+            except LimitExceeded:
+                # Processes that were killed just now may not be gone yet.
+                if asyncio.get_running_loop().time() >= ends:
+                    raise
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+    async def _copy(self, parked: Parked) -> Copy:
+        parked.copy.requests += 1
         name = parked.checkpoint.name
         try:
-            return await copy_of(parked.session, parked.requests, force=True, timeout=_COPY_SECONDS)
+            made = await copy_of(parked.copy.session, parked.copy.requests, force=True, timeout=_COPY_SECONDS)
         except ForkRefused as exc:
             raise CheckpointMissing(name, exc.reason) from exc
         except SessionBroken as exc:
             await self._drop(parked)
-            raise CheckpointMissing(name, str(exc)) from exc
+            raise CheckpointMissing(name, exc.reason) from exc
+        made.settle_in(parked.copy.place)
+        return made
 
     async def _drop(self, parked: Parked) -> None:
         if self.good is parked:
@@ -231,7 +350,7 @@ class Checkpoints:
 
     async def discard(self, name: str) -> None:
         """End the one of this name. Raises `CheckpointMissing`."""
-        parked = self.parked.pop(name, None)
+        parked = self.parked.pop(name, None) if isinstance(name, str) else None
         if parked is None:
             raise CheckpointMissing(name, "there is none of this name")
         await finish(parked.close())
@@ -244,19 +363,39 @@ class Checkpoints:
         await asyncio.gather(*(parked.close() for parked in kept))
 
 
-class Step:
-    """Something that a client does by itself between two executions, in turn with them."""
+# -- a turn ----------------------------------------------------------------------------------------------------------
 
-    def __init__(self, work: Callable[[], Awaitable[Any]]) -> None:
+
+class Step:
+    """Something that a client does by itself between two executions, in turn with them.
+
+    Args:
+        work: what is done; it is given this step.
+        ends: when the caller's time is over, by the loop's clock.
+
+    State: `begun`; `done`, its result; `_part`, what may be given up while it is under way; `_unwanted`, whether nobody
+    waits for it any more.
+    """
+
+    def __init__(self, work: Callable[[Step], Awaitable[Any]], ends: float) -> None:
         self._work = work
+        self._loop = asyncio.get_running_loop()
+        self._ends = ends
+        self._part: asyncio.Future[Any] | None = None
+        self._unwanted = False
         self.begun = False
-        self.done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[Any] = self._loop.create_future()
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left of the caller's time."""
+        return max(0.0, self._ends - self._loop.time())
 
     async def run(self) -> None:
         """Do it. Only a cancellation is raised here."""
         self.begun = True
         try:
-            result = await self._work()
+            result = await self._work(self)
         except asyncio.CancelledError:
             self.abandon()
             raise
@@ -265,6 +404,35 @@ class Step:
         else:
             if not self.done.done():
                 self.done.set_result(result)
+
+    async def within(self, part: Coroutine[Any, Any, T]) -> T:
+        """Do a part of it that ends with the caller's time, or when nobody waits any more.
+
+        Raises:
+            TimeoutError: (the built-in one) the time is over.
+            StateError: nobody waits; nobody will see it.
+        """
+        doing = self._part = asyncio.ensure_future(part)
+        if self._unwanted:
+            doing.cancel()
+        try:
+            await asyncio.wait([doing], timeout=self.left)
+            if not doing.done():
+                raise TimeoutError
+            if doing.cancelled():
+                raise StateError("nobody waits for it any more")
+            return doing.result()
+        finally:
+            self._part = None
+            if not doing.done():
+                doing.cancel()
+                await asyncio.wait([doing])
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more."""
+        self._unwanted = True
+        if self._part is not None:
+            self._part.cancel()
 
     def abandon(self) -> None:
         """It will not be done any more."""

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actbox import carrying, connecting, desk, dialogue
-from actbox.errors import ActboxError, ConnectionError, ProtocolError
+from actbox.errors import ActboxError, ConnectionError, ForkRefused, ProtocolError
 from actbox.link import Link
 from actbox.protocol import frames
 from actbox.sessions import Door, Exit
@@ -171,6 +171,8 @@ class Gateway:
         """Have a session made for a kernel to be forked; what its client is told."""
         try:
             branch = await session.branch()
+        except ForkRefused as exc:
+            return {"type": "branch", "refused": exc.reason[:300]}
         except OSError as exc:
             return {"type": "branch", "reason": str(exc)[:300]}
         ticket = secrets.token_urlsafe(32)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _EXIT_SECONDS = 5.0
+# How long a watcher may take to heed an order to kill: it kills what it finds, however many there are.
+_HEED_SECONDS = 5.0
 # The longest pause of the watcher inside, and then some.
 _EXCUSE_SECONDS = 3.0
 # struct ucred, unix(7): pid, uid, gid of who sent a datagram, as this process's namespaces know them.
@@ -80,6 +82,7 @@ class LocalSession:
         self._excused = ("", 0.0)
         self._killed = False
         self._gone = False
+        self._heeding: asyncio.TimerHandle | None = None
         self._exit: Exit | None = None
         self._exited = asyncio.Event()
         self._oom_kills = oom_kills()
@@ -196,6 +199,17 @@ class LocalSession:
             # Whoever still holds the other end was said to be dead.
             self._link.close()
         self._family.end()
+        if self._exit is None and self._heeding is None:
+            self._heeding = self._loop.call_later(_HEED_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        """The watcher does not heed: its kernel has stopped it, where it can. Nothing is waited for any more."""
+        if self._exit is None:
+            self._stop_hearing()
+            self._note_exit(Exit(killed=True, overrun=self._overrun))
+            if self._link is not None:
+                self._link.close()
+            self._family.end(deaf=True)
 
     def _order(self, order: dict[str, Any]) -> None:
         if self._watch is not None:
@@ -319,6 +333,9 @@ class LocalSession:
         # A kernel may kill itself; that the machine killed something for memory meanwhile tells the other case.
         if _was_killed(exit_) and exit_.overrun is None and oom_kills() > self._oom_kills:
             exit_ = replace(exit_, memory_limit=self.limits.memory)
+        if self._heeding is not None:
+            self._heeding.cancel()
+            self._heeding = None
         if self._exit is None:
             self._exit = Exit(gone=True) if self._gone else exit_
             self._exited.set()

@@ -47,6 +47,9 @@ def make_notebook(
             continue
         if cell.result.restarted:
             made.append(_line("**A fresh kernel from here on:** the one before had died, and its variables with it."))
+        if cell.result.rolled_back_to is not None:
+            number = cell.result.rolled_back_to
+            made.append(_line(f"**The kernel had died:** the session is as it was after cell {number} from here on."))
         made.append(_code(cell))
     for number, cell in enumerate(made, 1):
         cell["id"] = f"cell-{number}"

@@ -63,6 +63,8 @@ class ExecutionResult:
         execution_count: the cell's number, as in `In [n]`.
         duration: seconds from the cell's start to its end, seen from the host.
         ending: the message of the exception that the cell ended with; None if it ran to its end, or still runs.
+        rolled_back_to: the kernel had died since the cell before, and the session was as it had been after the cell of
+            this number when this one began (`recover=True`); None if nothing like that has happened.
     """
 
     text: str | None
@@ -74,6 +76,7 @@ class ExecutionResult:
     execution_count: int = 0
     duration: float = 0.0
     ending: str | None = None
+    rolled_back_to: int | None = None
     # Keeps a text where the session can read it, and says where that is, inside; None if it cannot be kept.
     _keep_text: Callable[[str], str | None] | None = field(default=None, repr=False, compare=False)
 
@@ -93,6 +96,7 @@ class ExecutionResult:
             self.outputs,
             policy,
             restarted=self.restarted,
+            rolled_back_to=self.rolled_back_to,
             ending=self.ending,
             omitted_media=self.omitted_media,
             keep_text=self._keep_text,
@@ -115,6 +119,7 @@ class Fold:
         self._half = output_limit // 2
         self._media_limit = media_limit
         self.restarted = False
+        self.rolled_back_to: int | None = None
         self.used = False
         self.error: Error | None = None
         self._reset()
@@ -133,7 +138,8 @@ class Fold:
     def add(self, event: Event) -> None:
         """Take in the next event."""
         if isinstance(event, KernelRestarted):
-            self.restarted = True
+            self.restarted = event.rolled_back_to is None
+            self.rolled_back_to = event.rolled_back_to
             return
         self.used = True
         if isinstance(event, ClearOutput):
@@ -263,6 +269,7 @@ class Fold:
             execution_count=execution_count,
             duration=duration,
             ending=ending,
+            rolled_back_to=self.rolled_back_to,
             _keep_text=keep_text,
         )
 

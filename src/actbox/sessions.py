@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actbox.connecting import TCP_SECONDS, Address, Pieces, beat, reach
-from actbox.errors import ConnectionError, ProtocolError, SandboxUnavailable
+from actbox.errors import ConnectionError, ForkRefused, ProtocolError, SandboxUnavailable
 from actbox.events import Overrun
 from actbox.protocol import messages
 from actbox.protocol.frames import Frame
@@ -89,7 +89,7 @@ class Session(Protocol):
     async def branch(self) -> Session:
         """A session for a kernel that this one is about to fork; nothing can be done with it until it is `ready`.
 
-        Raises the built-in `ConnectionError`.
+        Raises the built-in `ConnectionError`; `ForkRefused` if there are too many.
         """
         ...
 
@@ -247,6 +247,8 @@ class _RemoteSession:
                 made = await self.at(self._address, {"ticket": ticket})
                 made.slot = slot
                 return made
+            case {"type": "branch", "refused": str(reason)}:
+                raise ForkRefused(reason)
             case {"type": "branch", "reason": str(reason)}:
                 raise ConnectionError(ascii(reason)[1:300])
             case _:

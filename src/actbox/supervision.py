@@ -140,9 +140,12 @@ class Supervision:
         """Whether the supervisor's end of its socket is open."""
         if self._gone:
             return False
+        return not self._poll(0, 0)
+
+    def _poll(self, events: int, seconds: float) -> bool:
         poller = select.poll()
-        poller.register(self._control, 0)
-        return not poller.poll(0)
+        poller.register(self._control, events)
+        return bool(poller.poll(1000 * seconds))
 
     def stop(self) -> None:
         """Forget the supervisor; call it before its boundary is closed, in its own loop."""
@@ -158,7 +161,7 @@ class Supervision:
                     socket.send_fds(self._control, [data], fds or [])
                 except BlockingIOError:
                     # The supervisor reads its requests between two forks or imports: moments, not seconds.
-                    if not select.select([], [self._control], [], _SEND_SECONDS)[1]:
+                    if not self._poll(select.POLLOUT, _SEND_SECONDS):
                         raise TimeoutError("the supervisor does not read") from None
                 else:
                     return

@@ -390,8 +390,12 @@ class CellPrinter:
                 await self._show_display(data, "")
             case Error():
                 await self._show_error(event)
-            case KernelRestarted():
+            case KernelRestarted(None):
                 await self._console.say("the kernel before had died: this cell begins without the session's state")
+            case KernelRestarted(back):
+                await self._console.say(
+                    f"the kernel before had died: this cell begins with the state after cell {back}"
+                )
             case ClearOutput():
                 pass
 

@@ -15,6 +15,7 @@ import select
 import socket
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from .places import Refused
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _HANDOVER_SECONDS = 5.0
 _NUMBER = 16
 _MOST_NAMED = 10
+_LOOKS = 5
+_LOOK_SECONDS = 0.005
 # Loops of the parent's: to collect them would take out of their shared selector what the parent waits for.
 _kept: list[object] = []
 
@@ -78,6 +81,20 @@ def _threads(own: set[str]) -> Iterator[str]:
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and thread.name not in own:
             yield f"the thread {thread.name[:60]!r}"
+    for _ in range(_LOOKS):
+        if not _nameless():
+            return
+        # One that has just ended may not be gone from where this looks.
+        time.sleep(_LOOK_SECONDS)
+    for ident in _nameless():
+        yield f"the thread {ident}, which has no name"
+
+
+def _nameless() -> list[int]:
+    """Threads that run Python code, and that `threading` does not know: of `_thread`, or of a library's own."""
+    known = {thread.ident for thread in threading.enumerate()}
+    frames = sys._current_frames()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    return [ident for ident in frames if ident not in known]
 
 
 def _tasks(loop: asyncio.AbstractEventLoop | None) -> Iterator[str]:

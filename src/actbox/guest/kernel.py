@@ -76,11 +76,9 @@ class Kernel:
         self._channel = Channel(stream, pipes, self._interrupts)
         os.register_at_fork(after_in_child=self._leave_kin)
         self._transfers = Transfers(self._channel, self._interrupts, self._receive)
-        self._variables = variables.Variables(self._channel, self._interrupts, self._receive, shell)
+        served = self._channel, self._interrupts, self._receive, shell
+        self._variables, self._saving = variables.Variables(*served), saving.Saving(*served)
         self._calls = Calls(stream, self._decoder, self._channel, self._interrupts, shell)
-        self._saving = saving.Saving(
-            self._channel, self._interrupts, self._receive, shell, own=lambda: self._folder.root
-        )
 
     def serve(self, start: dict[str, Any]) -> None:
         """Run cells until the host closes the stream; never returns to the caller's code in a forked child."""
@@ -196,9 +194,11 @@ class Kernel:
         self._kin.close()
 
     def _exchange(self, frame: frames.Frame, _reply: dict[str, Any]) -> BaseException | None:
-        server = self._saving if frame.header["type"] in saving.REQUESTS else self._variables
         try:
-            server.serve(frame.header)
+            if frame.header["type"] in saving.REQUESTS:
+                self._saving.serve(frame.header, self._folder.root)
+            else:
+                self._variables.serve(frame.header)
         except Refused as exc:
             shells.send_error(_refusal(exc), exc.reason, "")
             return exc

@@ -22,15 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import values
 from .places import Refused
-from .variables import PIECE, user_variables
+from .variables import PIECE, Server, user_variables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..protocol.frames import Frame
-    from .interrupts import Interrupts
     from .output import Channel
-    from .shell import Shell
 
 REQUESTS = frozenset(("save", "restore"))
 _HEAD = struct.Struct("!I")
@@ -52,37 +50,23 @@ class _TooLarge(Exception):
     """More bytes than allowed."""
 
 
-class Saving:
-    """Serves requests to save and restore; arguments as of `Variables`, and `own` tells the session's own folder."""
+class Saving(Server):
+    """Serves requests to save and restore."""
 
-    def __init__(
-        self,
-        channel: Channel,
-        interrupts: Interrupts,
-        receive: Callable[[], Frame],
-        shell: Shell,
-        own: Callable[[], str],
-    ) -> None:
-        self._channel = channel
-        self._interrupts = interrupts
-        self._receive = receive
-        self._shell = shell
-        self._own = own
-
-    def serve(self, request: dict[str, Any]) -> None:
-        """Carry out a request.
+    def serve(self, request: dict[str, Any], own: str) -> None:
+        """Carry out a request; `own` is the session's own folder.
 
         Raises:
             Refused: it cannot be done, for the reason given; then no variable has changed.
         """
         if request["type"] == "save":
-            self._save(int(request["id"]), int(request["max_bytes"]))
+            self._save(int(request["id"]), int(request["max_bytes"]), own)
         else:
-            self._restore(int(request["id"]))
+            self._restore(int(request["id"]), own)
 
     # -- into a file ---------------------------------------------------------------------------------------------
 
-    def _save(self, number: int, max_bytes: int) -> None:
+    def _save(self, number: int, max_bytes: int, own: str) -> None:
         found = [(name, value) for name, value in user_variables(self._shell) if not _OWN.fullmatch(name)]
         modules = {name: value.__name__ for name, value in found if _is_import(value)}
         state = {name: value for name, value in found if not _is_import(value)}
@@ -97,7 +81,7 @@ class Saving:
             state = {name: value for name, value in state.items() if name not in left_out}
         if len(state) + len(modules) > _MAX_NAMES:
             raise StateRefused(f"there are more than {_MAX_NAMES} variables; put them into a dict")
-        cwd = _cwd(self._own())
+        cwd = _cwd(own)
         head = _json({"library": _library(), "python": sys.version_info[:2], "modules": modules, "cwd": cwd})
         send = _Sender(self._channel, number)
         send.write(_report([*modules, *state], left_out))
@@ -137,7 +121,7 @@ class Saving:
 
     # -- out of a file -------------------------------------------------------------------------------------------
 
-    def _restore(self, number: int) -> None:
+    def _restore(self, number: int, own: str) -> None:
         source = io.BufferedReader(_Source(self._receive), PIECE)
         head = self._read_head(source)
         found: dict[str, Any] = {}
@@ -165,7 +149,7 @@ class Saving:
             raise StateRefused(_in_words(exc)) from exc
         left_out: dict[str, str] = {}
         if head["cwd"] is not None:
-            cwd = os.path.normpath(os.path.join(self._own(), head["cwd"]))
+            cwd = os.path.normpath(os.path.join(own, head["cwd"]))
             try:
                 os.chdir(cwd)
             except (OSError, ValueError) as exc:

@@ -192,9 +192,13 @@ def _owners(pids: list[int], kernels: Sequence[int]) -> dict[int, int]:
 
 
 def belongings(kernel: int, kernels: Sequence[int], own: int) -> list[int]:
-    """The processes of one of a session's kernels, as far as they can be known to be its own; not the kernel."""
+    """The living processes of one of a session's kernels, as far as they can be known to be its own; not the kernel."""
     owners = _owners(_processes(own), kernels)
-    return [pid for pid, owner in owners.items() if owner == kernel and pid != kernel]
+    return [pid for pid, owner in owners.items() if owner == kernel and pid != kernel and not _has_ended(pid)]
+
+
+def _has_ended(pid: int) -> bool:
+    return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[:1] in ([], [b"Z"], [b"X"])
 
 
 def weight(kernel: int) -> int:

@@ -44,14 +44,18 @@ class Missing(Refused):
     """There is no variable of this name."""
 
 
-class Variables:
-    """Serves requests for variables; arguments as of `Transfers`, and the shell whose namespace it is."""
+class Server:
+    """What serves requests for variables: arguments as of `Transfers`, and the shell whose namespace they are in."""
 
     def __init__(self, channel: Channel, interrupts: Interrupts, receive: Callable[[], Frame], shell: Shell) -> None:
         self._channel = channel
         self._interrupts = interrupts
         self._receive = receive
         self._shell = shell
+
+
+class Variables(Server):
+    """Serves requests for variables."""
 
     def serve(self, request: dict[str, Any]) -> None:
         """Carry out a request.

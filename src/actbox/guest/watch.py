@@ -31,6 +31,8 @@ DATAGRAM = 4096
 # struct ucred, unix(7): pid, uid, gid.
 _CREDENTIALS = struct.Struct("=III")
 _SCM_CREDENTIALS = 2
+# How often what an ended kernel has left is looked for.
+_ROUNDS = 20
 
 
 @dataclass(eq=False)
@@ -128,8 +130,12 @@ class Watcher:
         if not self._is_there(kernel):
             return
         order = b""
-        with contextlib.suppress(OSError):
-            order = kernel.watch.recv(DATAGRAM)
+        try:
+            order = kernel.watch.recv(DATAGRAM, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
         match json.loads(order) if order else None:
             case {"op": "interrupt"} if not kernel.pid:
                 pass  # it runs no cell yet
@@ -144,6 +150,10 @@ class Watcher:
                 # That is an order to kill it, or the host has let go of it.
                 if not order:
                     self._poller.unregister(kernel.watch)
+                    if not kernel.pid:
+                        # Whoever holds its sockets may never say so, and must not keep the session for ever.
+                        self._forget(kernel)
+                        return
                 kernel.killed = True
                 self._kill(kernel)
 
@@ -247,7 +257,12 @@ class Watcher:
         tell(kernel.watch, {"status": status, "killed": kernel.killed, "begun": begun, "limit": kernel.limit})
         self._meter.forget(kernel.pid)
         self._forget(kernel)
-        _kill_all(belongings)
+        for _ in range(_ROUNDS):
+            _kill_all(belongings)
+            # Who forks without end has others by now.
+            belongings = self._belongings(kernel)
+            if not belongings:
+                break
 
     def _belongings(self, kernel: Kin) -> list[int]:
         others = [pid for pid in self._pids() if pid != kernel.pid]

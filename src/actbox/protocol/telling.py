@@ -53,8 +53,8 @@ def event_frame(event: Event) -> Frame:
             return Frame({"type": "clear_output", "wait": wait}, b"")
         case Error(name, value, traceback):
             return Frame({"type": "error", "ename": name, "evalue": value}, traceback.encode())
-        case KernelRestarted():
-            return Frame({"type": "restarted"}, b"")
+        case KernelRestarted(back):
+            return Frame({"type": "restarted", "back": back}, b"")
 
 
 def _bundle(kind: str, data: MimeData, header: dict[str, Any]) -> Frame:
@@ -81,8 +81,11 @@ def read_event(header: object, payload: bytes) -> Event:
     if not isinstance(header, dict):
         raise ProtocolError("an event without a header")
     frame = Frame(cast("dict[str, Any]", header), payload)
-    if frame.header.get("type") == "restarted":
-        return KernelRestarted()
+    match frame.header:
+        case {"type": "restarted", "back": int() | None as back}:
+            return KernelRestarted(back)
+        case _:
+            pass
     message = messages.decode(frame)
     if isinstance(message, messages.Ready | messages.SetupFailed | messages.Reply | messages.Archive | messages.Call):
         raise ProtocolError("an event was expected")
