@@ -124,7 +124,8 @@ async def inside(executor: ExecutionClient, function: Callable[..., Any], *args:
     """Run a function of this file in a session."""
     source = "".join(inspect.getsource(part) for part in (said, call, in_child, pids, function))
     code = f"{PRELUDE}{source}\nprint(json.dumps({function.__name__}(*json.loads({json.dumps(args)!r}))))"
-    result = await executor.execute(code, timeout=15)
+    # Some look at every file that there is, on a machine that may have much else to do.
+    result = await executor.execute(code, timeout=60)
     return json.loads((result.text or "").splitlines()[-1])
 
 
@@ -1299,6 +1300,7 @@ async def test_sessions_share_no_memory_queues_or_names(make_executor: Make) -> 
         )
 
 
+@pytest.mark.timeout(90)
 async def test_no_socket_of_the_hosts_side_has_a_name_inside(executor: CodeExecutor) -> None:
     """D8, D17, G14: there is none to connect to, to speak to the supervisor by, or to put another one in its place."""
     assert await inside(executor, sockets_seen) == []

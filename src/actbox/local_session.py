@@ -290,17 +290,18 @@ class LocalSession:
             killed=self._killed or news.get("killed") is True,
             overrun=read_overrun(news.get("limit"), self.limits) or self._overrun,
         )
-        if self._family.is_alone:
-            self._note_exit(exit_ if exit_.killed or self._family.supervision.answers() else Exit(gone=True))
-            self._family.end()
-        elif not exit_.killed and exit_.overrun is None and (not data or _was_killed(exit_)):
-            # Somebody killed it: itself, the system, or whoever is just now killing the whole container.
-            self._loop.call_later(_SUDDEN_SECONDS, self._note_sudden_exit, exit_)
+        # Who was killed: by itself, by the system, or by whoever is just now killing the whole container. A watcher
+        # that is alone there with its kernel, and could still tell of that, tells it all.
+        sudden = not data or (_was_killed(exit_) and not self._family.is_alone)
+        if sudden and not exit_.killed and exit_.overrun is None:
+            self._loop.call_later(_SUDDEN_SECONDS, self._note_end, exit_)
         else:
-            self._note_exit(exit_)
+            self._note_end(exit_)
 
-    def _note_sudden_exit(self, exit_: Exit) -> None:
-        self._note_exit(exit_ if self._family.supervision.answers() else Exit(gone=True))
+    def _note_end(self, exit_: Exit) -> None:
+        answers = exit_.killed or exit_.overrun is not None or self._family.supervision.answers()
+        self._note_exit(exit_ if answers else Exit(gone=True))
+        self._family.end()
 
     def _join(self, ancillary: list[tuple[int, int, bytes]]) -> None:
         """Put the watcher, and with it all that it will start, into the session's group."""
