@@ -148,6 +148,7 @@ class RawAttached(Raw):
             "drive": True,
             "take_over": True,
             "incarnation": None,
+            "recover": False,
             **wish,
         }
 

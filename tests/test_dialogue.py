@@ -11,16 +11,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actbox import AttachedClient, Dropped, Image, Output, ProtocolError, SessionGone, Standing, dialogue
+from actbox import (
+    AttachedClient,
+    Checkpoint,
+    Dropped,
+    Image,
+    Output,
+    ProtocolError,
+    SessionGone,
+    Standing,
+    dialogue,
+    refusals,
+)
 from actbox.dialogue import Request
 from actbox.errors import (
     ActboxError,
+    CheckpointMissing,
     ConnectionError,
     DriveRefused,
+    ExecutionTimeout,
     ExecutionUnknown,
+    ForkRefused,
     InvalidArgument,
+    LimitExceeded,
     SandboxUnavailable,
+    SessionBroken,
     StateError,
+    TransferRefused,
 )
 from actbox.events import (
     ClearOutput,
@@ -40,7 +57,7 @@ from actbox.events import (
     UpdateDisplayData,
 )
 from actbox.journal import Journal
-from actbox.lines import Ending, Page, Wish
+from actbox.lines import Change, Ending, Page, Wish
 from actbox.protocol import frames
 from actbox.result import ExecutionResult
 
@@ -192,12 +209,16 @@ def test_requests_and_wishes_come_as_they_were_told() -> None:
         Request(4, "interrupt", "id"),
         Request(5, "executions"),
         Request(6, "end"),
+        Request(7, "checkpoints"),
+        Request(8, "change", change=Change("fork", "n", "m", 1.5, force=True, files=True, key="k")),
     ):
         assert dialogue.read_request(dialogue.request_frame(request)) == request
     for wish in (Wish("n", "c"), Wish("n", "c", "k", 0.5, drive=False, take_over=True, incarnation="i")):
         assert dialogue.read_wish(dialogue.wish_fields(wish)) == wish
     standings = [Standing("a", "running", 1, 0), Standing("b", "ended", 2, 9, "Died")]
     assert dialogue.read_standings(over_the_wire([dialogue.standings_frame(standings)])) == standings
+    checkpoints = [Checkpoint("a", 1, 2.5), Checkpoint("b", 0, 3.0, files=True, left_out=("x", "y"))]
+    assert dialogue.read_checkpoints(over_the_wire([dialogue.checkpoints_frame(checkpoints)])) == checkpoints
 
 
 @pytest.mark.parametrize(
@@ -208,23 +229,30 @@ def test_requests_and_wishes_come_as_they_were_told() -> None:
         SandboxUnavailable("layer", "detail", "remedy"),
         DriveRefused("why"),
         StateError("why"),
+        CheckpointMissing("n", "why"),
+        TransferRefused("path", "why"),
+        ForkRefused("why"),
+        SessionBroken("why", rolled_back_to=3),
+        LimitExceeded("pids", 5, 6, state_kept=True, name="OSError", value="why"),
+        ExecutionTimeout(1.5, state_kept=True, started=False, what="request"),
+        ProtocolError("why"),
     ],
     ids=lambda exc: type(exc).__name__,
 )
 def test_a_refusal_is_the_same_exception_on_the_other_side(exc: ActboxError) -> None:
-    (frame,) = over_the_wire([dialogue.refusal_frame(exc)])
-    told = dialogue.read_refusal(frame.header)
+    (frame,) = over_the_wire([refusals.refusal_frame(exc)])
+    told = refusals.read_refusal(frame.header)
     assert (type(told), str(told), vars(told)) == (type(exc), str(exc), vars(exc))
 
 
 def test_other_refusals_keep_their_kind_and_drive_no_terminal() -> None:
-    told = dialogue.read_refusal(dialogue.refusal_frame(InvalidArgument("ttl", -1, "pass more")).header)
+    told = refusals.read_refusal(refusals.refusal_frame(InvalidArgument("ttl", -1, "pass more")).header)
     assert isinstance(told, InvalidArgument)
     assert (told.name, told.remedy) == ("ttl", "pass more")
-    told = dialogue.read_refusal({"kind": "DriveRefused", "reason": "\x1b[2J"})
+    told = refusals.read_refusal({"kind": "DriveRefused", "reason": "\x1b[2J"})
     assert str(told) == "\\x1b[2J"
     for header in ({}, {"kind": "Exception", "reason": "x"}, {"kind": "SessionGone"}, {"kind": ["x"], "reason": 5}):
-        assert isinstance(dialogue.read_refusal(header), ConnectionError)
+        assert isinstance(refusals.read_refusal(header), ConnectionError)
 
 
 JSON = st.recursive(
@@ -232,8 +260,36 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=5),
     max_leaves=5,
 )
-KINDS = ["event", "dropped", "page", "output", "image", "error", "ending", "standings", "refused", "read", "submit"]
-FIELDS = ["n", "number", "event", "first", "last", "ended", "mime", "path", "outcome", "rows", "execution", "after"]
+KINDS = [
+    "event",
+    "dropped",
+    "page",
+    "output",
+    "image",
+    "error",
+    "ending",
+    "standings",
+    "refused",
+    "read",
+    "submit",
+    "change",
+    "checkpoints",
+]
+FIELDS = [
+    "n",
+    "number",
+    "event",
+    "first",
+    "last",
+    "ended",
+    "mime",
+    "path",
+    "outcome",
+    "rows",
+    "execution",
+    "after",
+    "change",
+]
 
 
 def typed(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -253,7 +309,7 @@ HEADERS = st.builds(
 
 @given(st.lists(st.builds(frames.Frame, HEADERS, st.binary(max_size=10)), max_size=4))
 def test_whatever_is_answered_is_understood_or_refused(answer: list[frames.Frame]) -> None:
-    for read in (read_first_page, dialogue.read_ending, dialogue.read_standings):
+    for read in (read_first_page, dialogue.read_ending, dialogue.read_standings, dialogue.read_checkpoints):
         with contextlib.suppress(ProtocolError):
             read(answer)
     for frame in answer:
@@ -261,7 +317,7 @@ def test_whatever_is_answered_is_understood_or_refused(answer: list[frames.Frame
             dialogue.read_request(frame)
         with contextlib.suppress(ProtocolError):
             dialogue.read_wish(frame.header)
-        assert isinstance(dialogue.read_refusal(frame.header), ActboxError)
+        assert isinstance(refusals.read_refusal(frame.header), ActboxError)
 
 
 @pytest.mark.anyio

@@ -35,6 +35,7 @@ FLOORS: tuple[set[str], ...] = (
     {"executor", "doctor"},
     {"container", "notebook"},
     {"history", "keeping"},
+    {"named"},
     {"attached", "client"},
     {"local_session"},
     {"family"},
@@ -43,7 +44,7 @@ FLOORS: tuple[set[str], ...] = (
     {"exchange"},
     {"desk", "rejoining", "sessions", "values", "way_out", "workspace"},
     {"carrying"},
-    {"dialogue"},
+    {"dialogue", "refusals"},
     {"lines"},
     {"execution", "journal"},
     {"connecting", "skills"},
@@ -53,7 +54,7 @@ FLOORS: tuple[set[str], ...] = (
     {"outputs"},
     {"events", "spec"},
     {"network"},
-    {"clock", "errors", "shielded"},
+    {"checkpoint", "clock", "errors", "shielded"},
 )
 assert sum(map(len, FLOORS)) == len(set[str]().union(*FLOORS)), "a room is on two floors"
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -36,7 +36,7 @@ from actbox import (
     StateError,
     StillRunning,
     desk,
-    keeping,
+    named,
 )
 from actbox.events import Finished, KernelRestarted, Lost, Stream
 from actbox.journal import Journal
@@ -299,7 +299,7 @@ async def test_what_was_never_submitted_is_not_waited_for(attach: Callable[..., 
 async def test_a_journal_that_overflows_says_what_is_missing_and_the_result_is_whole(
     attach: Callable[..., AttachedClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeping, "Journal", lambda: Journal(max_events=4))
+    monkeypatch.setattr(named, "Journal", lambda: Journal(max_events=4))
     async with attach() as client:
         execution = await client.submit("for n in range(10): display(n)")
         result = await execution.result()
@@ -315,7 +315,7 @@ async def test_a_journal_that_overflows_says_what_is_missing_and_the_result_is_w
 async def test_records_are_dropped_for_newer_ones_and_their_cells_never_run_again(
     attach: Callable[..., AttachedClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeping, "MAX_ENDED", 2)
+    monkeypatch.setattr(named, "MAX_ENDED", 2)
     count = "runs = globals().get('runs', 0) + 1; print(runs)"
     async with attach() as client:
         for n in range(4):

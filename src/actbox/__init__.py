@@ -5,6 +5,7 @@ The six names of `actbox.executor` are those of its ancestor; see the README for
 
 from actbox.attached import AttachedClient, AttachedExecution
 from actbox.blocks import Block, ImageBlock, OutputPolicy, TextBlock, to_anthropic, to_openai
+from actbox.checkpoint import Checkpoint
 from actbox.client import ExecutionClient
 from actbox.container import ExecutionContainer
 from actbox.doctor import Layer, examine
@@ -62,7 +63,6 @@ from actbox.executor import (
     CodeExecutor,
     execution_environment,
 )
-from actbox.forks import Checkpoint
 from actbox.functions import Allow, CallLimits, Deny, FunctionCall
 from actbox.journal import Dropped
 from actbox.lines import Standing

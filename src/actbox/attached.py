@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from actbox import sessions
 from actbox.connecting import Address
@@ -17,7 +17,7 @@ from actbox.errors import (
     StillRunning,
 )
 from actbox.execution import check_timeout, conclude
-from actbox.lines import Wish, check_name
+from actbox.lines import Change, Wish, check_name
 from actbox.rejoining import Rejoining
 from actbox.saving import Saving
 from actbox.shielded import finish
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
     from types import TracebackType
 
+    from actbox.checkpoint import Checkpoint
     from actbox.events import Outcome
     from actbox.execution import Transfer
     from actbox.journal import Numbered
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from actbox.result import ExecutionResult
 
 T = TypeVar("T")
+Kind = Literal["checkpoint", "rollback", "discard", "fork"]
 _MAX_CODE = 16 << 20
 # Seconds: a gateway takes who says nothing for 90 for gone.
 _LONGEST_BEAT = 25.0
@@ -65,6 +67,7 @@ class AttachedClient(FileTransfers, Variables, Saving):
             of the client that came last to drive is in force.
         drive: submit cells and interrupt them; False only to watch what others do.
         take_over: drive in the place of the client that does now, which may go on watching.
+        recover: have a new session keep its last good state; see `ExecutionClient`.
         heartbeat_interval: seconds between signs of life over TCP, 25 at the most.
         patience: seconds for which a connection that broke is made anew, until something comes by it again. Nothing is
             lost or doubled by that.
@@ -83,6 +86,7 @@ class AttachedClient(FileTransfers, Variables, Saving):
         ttl: float = 600.0,
         drive: bool = True,
         take_over: bool = False,
+        recover: bool = False,
         heartbeat_interval: float = 10,
         patience: float = 30.0,
     ) -> None:
@@ -97,7 +101,8 @@ class AttachedClient(FileTransfers, Variables, Saving):
         self._token = token
         self._heartbeat = heartbeat_interval
         self._patience = patience
-        self._wish = Wish(name, secrets.token_hex(16), key, ttl, bool(drive), bool(take_over))
+        client = secrets.token_hex(16)
+        self._wish = Wish(name, client, key, ttl, bool(drive), bool(take_over), recover=bool(recover))
         self._line: Line | None = None
 
     async def __aenter__(self) -> Self:
@@ -201,6 +206,81 @@ class AttachedClient(FileTransfers, Variables, Saving):
     def execution(self, id: str) -> AttachedExecution:  # noqa: A002
         """The execution of this id, whoever submitted it. Whether there is one shows when something of it is asked."""
         return AttachedExecution(self.line, id)
+
+    # -- the session as a whole ----------------------------------------------------------------------------------
+
+    async def checkpoint(
+        self, name: str, *, files: bool = False, force: bool = False, timeout: float = 120
+    ) -> Checkpoint:
+        """Keep the session as it is now, for `rollback`, in its turn behind the cells submitted before.
+
+        It is done whether anybody is attached or not; a task that is cancelled while it waits cancels nothing else.
+        Arguments and errors are those of `CodeExecutor.checkpoint`; `files` needs a session with a key. This one and
+        the methods that follow raise too:
+            DriveRefused: this client does not drive the session (not for `checkpoints`).
+            SessionGone: the session has ended.
+            ConnectionError: it cannot be reached; whether this was done is unknown.
+        """
+        (made,) = await self._change("checkpoint", name, timeout, force=force, files=files)
+        return made
+
+    async def rollback(self, name: str, *, timeout: float = 120) -> Checkpoint:
+        """Go back to a checkpoint; see `CodeExecutor.rollback`."""
+        (found,) = await self._change("rollback", name, timeout)
+        return found
+
+    async def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints that can be gone back to, the oldest first."""
+        return await self.line().checkpoints()
+
+    async def discard(self, name: str) -> None:
+        """Let a checkpoint go. Raises `CheckpointMissing`."""
+        await self._change("discard", name, 1)
+
+    async def fork(
+        self,
+        name: str,
+        *,
+        key: str | None = None,
+        files: Literal["shared", "copy"] = "shared",
+        force: bool = False,
+        timeout: float = 120,
+    ) -> AttachedClient:
+        """Copy the session; the copy is a named session too, and belongs to the container.
+
+        Args:
+            name: the new session's, which no other has.
+            key: as of `CodeExecutor.fork`, as are those that follow; this and a copy of the files need a session with
+                a key.
+            files: see there.
+            force: see there.
+            timeout: see there.
+
+        Returns:
+            A client for the new session, not attached; if none is within `ttl` seconds the session ends.
+
+        Raises:
+            InvalidArgument: there is a session of this name; else as `CodeExecutor.fork`.
+        """
+        check_name("name", name)
+        if files not in ("shared", "copy"):
+            raise InvalidArgument("files", files, 'pass "shared" or "copy"')
+        await self._change("fork", name, timeout, force=force, files=files == "copy", key=key)
+        return AttachedClient(
+            self.port,
+            name,
+            host=self.host,
+            token=self._token,
+            ttl=self._wish.ttl,
+            heartbeat_interval=self._heartbeat,
+            patience=self._patience,
+        )
+
+    async def _change(self, kind: Kind, name: str, timeout: float, **more: Any) -> list[Checkpoint]:
+        check_timeout(timeout)
+        return await self.line().change(Change(kind, name, secrets.token_hex(16), timeout, **more))
+
+    # -- for transfers -------------------------------------------------------------------------------------------
 
     def check_connected(self) -> None:
         """See `FileTransfers`."""

@@ -11,7 +11,7 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from actbox import dialogue
+from actbox import dialogue, refusals
 from actbox.connecting import PIECES, TCP_SECONDS, Address, Pieces, beat, reach
 from actbox.errors import ActboxError, ConnectionError, ExecutionLost, ProtocolError
 from actbox.protocol import frames, messages
@@ -83,7 +83,7 @@ async def _greet(link: Link, address: Address, wish: Wish, more: dict[str, Any])
         case {"type": "welcome"}:
             await link.send({"type": "go"})
         case {"type": "refused"} as header:
-            raise dialogue.read_refusal(header)
+            raise refusals.read_refusal(header)
         case _:
             raise ConnectionError("what answers at this port is no container's gateway")
 
@@ -111,7 +111,7 @@ async def _follow(link: Link, transfer: Transfer) -> Ending:
                 # Of what is sent it is known here.
                 transfer.left_out = messages.read_left_out(frame.header) or transfer.left_out
             case {"type": "refused"} as header:
-                raise dialogue.read_refusal(header)
+                raise refusals.read_refusal(header)
             case header:
                 answer.append(frame)
                 if header.get("type") == "ending":
@@ -184,7 +184,7 @@ async def _carry(line: Line, relay: Relay, timeout: float) -> list[Frame]:
     try:
         ending = await line.carry(relay, timeout)
     except ActboxError as exc:
-        return [dialogue.refusal_frame(exc)]
+        return [refusals.refusal_frame(exc)]
     return [Frame({"type": "left_out", "left_out": list(relay.left_out)}, b""), *dialogue.ending_frames(ending)]
 
 

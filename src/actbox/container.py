@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
     from actbox.egress import Record, Resolver
     from actbox.engines.base import Boundary, Engine
-    from actbox.keeping import Attachment
     from actbox.lines import Wish
+    from actbox.named import Attachment
 
 logger = logging.getLogger(__name__)
 egress_logger = logging.getLogger("actbox.egress")
@@ -302,11 +302,11 @@ class ExecutionContainer:
         """Make the host folders of a session's key that are missing."""
         raise InvalidArgument("key", key, "this container has no workspace: use CodeExecutionContainer")
 
-    def make_client(self, key: str | None) -> ExecutionClient:
+    def make_client(self, key: str | None, recover: bool) -> ExecutionClient:  # noqa: FBT001 - a `Keeper`'s
         """A client for a named session that is kept here; not connected."""
         if key is not None:
             raise InvalidArgument("key", key, "this container has no workspace: use CodeExecutionContainer")
-        return ExecutionClient(self.port)
+        return ExecutionClient(self.port, recover=recover)
 
     # -- sessions ------------------------------------------------------------------------------------------------
 

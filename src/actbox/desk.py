@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from actbox import dialogue
+from actbox import dialogue, refusals
 from actbox.errors import ActboxError, ProtocolError
 from actbox.protocol.frames import Frame
 
@@ -70,7 +70,7 @@ async def _answer(link: Link, line: Line, request: Request, speaking: asyncio.Lo
         try:
             answer = await _ask(line, request)
         except ActboxError as exc:
-            answer = [dialogue.refusal_frame(exc)]
+            answer = [refusals.refusal_frame(exc)]
         frames = iter(answer)
         while True:
             # One frame at a time is made for a client, so that one who does not read costs no more than that.
@@ -89,6 +89,11 @@ async def _ask(line: Line, request: Request) -> Iterable[Frame]:
             return dialogue.ending_frames(await line.result(request.execution))
         case "executions":
             return [dialogue.standings_frame(await line.executions())]
+        case "checkpoints":
+            return [dialogue.checkpoints_frame(await line.checkpoints())]
+        case "change":
+            assert request.change is not None  # noqa: S101 - it was read so
+            return [dialogue.checkpoints_frame(await line.change(request.change))]
         case "submit":
             await line.submit(request.execution, request.code, request.timeout)
         case "interrupt":

@@ -6,27 +6,18 @@ number as `re`, and a last one of `LAST`. Requests of one connection are answere
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from actbox import errors
-from actbox.errors import (
-    ActboxError,
-    ConnectionError,
-    DriveRefused,
-    ExecutionUnknown,
-    InvalidArgument,
-    ProtocolError,
-    SandboxUnavailable,
-    SessionGone,
-    StateError,
-)
+from actbox.checkpoint import Checkpoint
+from actbox.errors import ProtocolError
 from actbox.events import DisplayData, Error, ExecuteResult, Stream
 from actbox.journal import Dropped
-from actbox.lines import Ending, Page, Standing, Wish
+from actbox.lines import Change, Ending, Page, Standing, Wish
 from actbox.protocol import frames
 from actbox.protocol.frames import Frame
+from actbox.protocol.messages import legible
 from actbox.protocol.telling import (
     event_frame,
     outcome_error,
@@ -42,9 +33,8 @@ if TYPE_CHECKING:
     from actbox.events import Event
     from actbox.journal import Numbered
 
-LAST = frozenset({"done", "page", "ending", "standings", "refused"})
+LAST = frozenset({"done", "page", "ending", "standings", "checkpoints", "refused"})
 _MOST = 1 << 53
-_MAX_REASON = 2000
 _MAX_PATH = 4096
 # Text of one frame; a result's may be longer than a frame.
 _PIECE = 1 << 20
@@ -61,6 +51,7 @@ class Request(NamedTuple):
     after: int = 0
     timeout: float = 0.0
     code: str = ""
+    change: Change | None = None
 
 
 # -- the greeting ----------------------------------------------------------------------------------------------------
@@ -76,6 +67,7 @@ def wish_fields(wish: Wish) -> dict[str, Any]:
         "drive": wish.drive,
         "take_over": wish.take_over,
         "incarnation": wish.incarnation,
+        "recover": wish.recover,
     }
 
 
@@ -90,8 +82,9 @@ def read_wish(header: dict[str, Any]) -> Wish:
             "drive": bool(drive),
             "take_over": bool(take_over),
             "incarnation": str() | None as incarnation,
+            "recover": bool(recover),
         } if len(client) <= _SHORT:
-            return Wish(name, client, key, ttl, drive, take_over, incarnation)
+            return Wish(name, client, key, ttl, drive, take_over, incarnation, recover)
         case _:
             raise ProtocolError("a greeting that asks for a session, but does not say for which")
 
@@ -108,6 +101,8 @@ def request_frame(request: Request) -> Frame:
         header["after"] = request.after
     if request.kind == "submit":
         header["timeout"] = request.timeout
+    if request.change is not None:
+        header["change"] = asdict(request.change)
     return Frame(header, request.code.encode("utf-8", "surrogatepass"))
 
 
@@ -124,13 +119,31 @@ def read_request(frame: Frame) -> Request:
             request = Request(number, "read", id_, after)
         case {"type": "result" | "interrupt" as kind, "n": int(number), "execution": str(id_)}:
             request = Request(number, kind, id_)
-        case {"type": "executions" | "end" | "forget" as kind, "n": int(number)}:
+        case {"type": "change", "n": int(number), "change": fields}:
+            request = Request(number, "change", change=_read_change(fields))
+        case {"type": "executions" | "checkpoints" | "end" | "forget" as kind, "n": int(number)}:
             request = Request(number, kind)
         case _:
             raise ProtocolError("what is asked is nothing that a client may ask")
     if not 0 < request.number < _MOST:
         raise ProtocolError("a request whose number is none")
     return request
+
+
+def _read_change(fields: Any) -> Change:
+    match fields:
+        case {
+            "kind": "checkpoint" | "rollback" | "discard" | "fork" as kind,
+            "name": str(name),
+            "mark": str(mark),
+            "timeout": int() | float() as timeout,
+            "force": bool(force),
+            "files": bool(files),
+            "key": str() | None as key,
+        } if len(mark) <= _SHORT:
+            return Change(kind, name, mark, timeout, force, files, key)
+        case _:
+            raise ProtocolError("what is to be changed is nothing that a client may change")
 
 
 # -- answers: pages --------------------------------------------------------------------------------------------------
@@ -292,47 +305,6 @@ def read_standings(answer: list[Frame]) -> list[Standing]:
     return found
 
 
-def refusal_frame(exc: ActboxError) -> Frame:
-    """An exception as a frame."""
-    header: dict[str, Any] = {"type": "refused", "kind": type(exc).__name__, "reason": str(exc)[:_MAX_REASON]}
-    match exc:
-        case SessionGone():
-            header |= {"subject": exc.name, "reason": exc.reason[:_MAX_REASON]}
-        case ExecutionUnknown():
-            header |= {"subject": exc.id, "reason": exc.reason[:_MAX_REASON]}
-        case InvalidArgument():
-            header |= {"subject": exc.name, "value": errors.shown(exc.value), "reason": exc.remedy[:_MAX_REASON]}
-        case SandboxUnavailable():
-            header |= {"subject": exc.layer, "value": exc.detail[:_MAX_REASON], "reason": exc.remedy}
-        case _:
-            pass
-    return Frame(header, b"")
-
-
-def read_refusal(header: dict[str, Any]) -> ActboxError:
-    """The exception that a frame tells of; where the gateway's words are none of these, a `ConnectionError`."""
-    match header:
-        case {"kind": "SessionGone", "subject": str(subject), "reason": str(reason)}:
-            return SessionGone(subject, _plain(reason))
-        case {"kind": "ExecutionUnknown", "subject": str(subject), "reason": str(reason)}:
-            return ExecutionUnknown(subject, _plain(reason))
-        case {"kind": "InvalidArgument" | "InvalidKey", "subject": str(subject), "value": value, "reason": str(reason)}:
-            return InvalidArgument(subject, value, _plain(reason))
-        case {"kind": "SandboxUnavailable", "subject": str(layer), "value": str(detail), "reason": str(reason)}:
-            return SandboxUnavailable(_plain(layer), _plain(detail), _plain(reason))
-        case {"kind": "DriveRefused", "reason": str(reason)}:
-            return DriveRefused(_plain(reason))
-        case {"kind": "StateError", "reason": str(reason)}:
-            return StateError(_plain(reason))
-        case _:
-            return ConnectionError(f"the gateway refused: {errors.shown(header.get('reason'), 300)}")
-
-
-def _plain(text: str) -> str:
-    """A gateway's words, made harmless for a terminal."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:_MAX_REASON])
-
-
 def _frame_of(kind: str, event: Event, more: dict[str, Any]) -> Frame | None:
     """A frame around an event's; None if it is too large, or too deep, for one."""
     try:
@@ -343,6 +315,26 @@ def _frame_of(kind: str, event: Event, more: dict[str, Any]) -> Frame | None:
     except (frames.FrameError, ValueError, RecursionError):
         return None
     return frame if len(frame.payload) <= frames.MAX_PAYLOAD else None
+
+
+def checkpoints_frame(found: list[Checkpoint]) -> Frame:
+    """Checkpoints, as a frame."""
+    rows = [[each.name, each.cell, each.created, each.files, list(each.left_out)] for each in found]
+    return Frame({"type": "checkpoints", "rows": rows}, b"")
+
+
+def read_checkpoints(answer: list[Frame]) -> list[Checkpoint]:
+    """What a frame says of checkpoints. Raises `ProtocolError`."""
+    found: list[Checkpoint] = []
+    rows: Any = answer[-1].header.get("rows") if answer else None
+    for row in cast("list[Any]", rows) if isinstance(rows, list) else [None]:
+        match row:
+            case [str(name), int(cell), int() | float() as created, bool(files), [*left_out]]:
+                paths = tuple(legible(path) for path in left_out if isinstance(path, str))
+                found.append(Checkpoint(name, cell, created, files, paths))
+            case _:
+                raise ProtocolError("what was answered is no list of checkpoints")
+    return found
 
 
 def _count(header: dict[str, Any], field: str) -> int:

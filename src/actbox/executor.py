@@ -17,7 +17,7 @@ from actbox.dotenv import dotenv_variables
 from actbox.errors import ForkRefused, InvalidArgument
 from actbox.events import Died, Exceeded, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
 from actbox.files import ImageFolder, replace_file
-from actbox.forks import Checkpoint, Copy, KernelRefused
+from actbox.forks import Copy, KernelRefused
 from actbox.history import History
 from actbox.kept_files import KeptFiles, keep_folder, put_back
 from actbox.logger import Logger
@@ -30,6 +30,7 @@ from actbox.workspace import Workspace
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
 
+    from actbox.checkpoint import Checkpoint
     from actbox.egress import Record
     from actbox.network import Network
     from actbox.skills import Skill
@@ -116,9 +117,11 @@ class CodeExecutionContainer(ExecutionContainer):
         """See `ExecutionContainer.prepare_key`."""
         self._workspace.prepare_key(key)
 
-    def make_client(self, key: str | None) -> ExecutionClient:
+    def make_client(self, key: str | None, recover: bool) -> ExecutionClient:  # noqa: FBT001 - a `Keeper`'s
         """See `ExecutionContainer.make_client`."""
-        return ExecutionClient(self.port) if key is None else CodeExecutor(key, self._workspace, self.port)
+        if key is None:
+            return ExecutionClient(self.port, recover=recover)
+        return CodeExecutor(key, self._workspace, self.port, recover=recover)
 
 
 class CodeExecutor(ExecutionClient):

@@ -23,13 +23,14 @@ from actbox.errors import (
     SessionBroken,
 )
 from actbox.execution import check_timeout
-from actbox.forks import Checkpoint, Checkpoints, Copy, Step, copy_of
+from actbox.forks import Checkpoints, Copy, Step, copy_of
 from actbox.protocol import frames
 from actbox.shielded import finish
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from actbox.checkpoint import Checkpoint
     from actbox.kept_files import KeptFiles
     from actbox.sessions import Session
     from actbox.work_folder import WorkFolder

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from actbox.checkpoint import Checkpoint
 from actbox.errors import (
     ActboxError,
     CheckpointMissing,
@@ -45,25 +46,6 @@ _COPY_SECONDS = 20.0
 _ROOM_SECONDS = 1.0
 _AGAIN_SECONDS = 0.02
 _EXIT_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A state that a session can go back to.
-
-    Attributes:
-        name: what it was called.
-        cell: the number (`execution_count`) of the last cell that had run then, 0 for none.
-        created: when, in seconds since 1970.
-        files: whether the private folder was kept with it.
-        left_out: what of that folder was not, being neither a regular file nor a folder: printable paths.
-    """
-
-    name: str
-    cell: int
-    created: float
-    files: bool = False
-    left_out: tuple[str, ...] = ()
 
 
 # -- one request of a session that is no cell ------------------------------------------------------------------------

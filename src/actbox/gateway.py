@@ -17,7 +17,7 @@ import secrets
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actbox import carrying, connecting, desk, dialogue
+from actbox import carrying, connecting, desk, dialogue, refusals
 from actbox.errors import ActboxError, ConnectionError, ForkRefused, ProtocolError
 from actbox.link import Link
 from actbox.protocol import frames
@@ -149,7 +149,7 @@ class Gateway:
             wish = dialogue.read_wish(hello)
             line = self._door.attached(wish) if is_attached else await self._door.attach(wish)
         except ActboxError as exc:
-            refusal = dialogue.refusal_frame(exc)
+            refusal = refusals.refusal_frame(exc)
             await link.send(refusal.header)
             await link.close_gracefully()
             return

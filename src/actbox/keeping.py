@@ -1,56 +1,24 @@
-"""The named sessions of a container: they outlive their clients, and end with their time to live or the container.
-
-A session is driven by a real client of the container's own process, so that everything that can happen to a cell
-happens as it always does. What comes of each execution goes to its journal, whether anybody is attached or not; readers
-take pages of it, and hold nothing here. Nobody waits for a reader.
-"""
+"""The named sessions of a container: they outlive their clients, and end with their time to live or the container."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import logging
-import secrets
 from collections import OrderedDict
-from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from actbox.errors import (
-    ActboxError,
-    ConnectionError,
-    DriveRefused,
-    ExecutionUnknown,
-    InvalidArgument,
-    SessionGone,
-    StateError,
-)
-from actbox.events import Lost
+from actbox.errors import ConnectionError, InvalidArgument, SessionGone, StateError
 from actbox.execution import check_timeout
-from actbox.journal import Journal
-from actbox.lines import PAGE_BYTES, PAGE_EVENTS, Ending, Page, Standing, check_name
-from actbox.result import ExecutionResult, bundle_size
-from actbox.shielded import finish
+from actbox.lines import check_name
+from actbox.named import NamedSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from actbox.client import ExecutionClient
-    from actbox.execution import Execution, Transfer
     from actbox.lines import Wish
-
-logger = logging.getLogger(__name__)
+    from actbox.named import Attachment
 
 _MAX_SESSIONS = 64
-_MAX_CLIENTS = 64
-_LONGEST = 1e9
-# Executions that wait or run, and their source.
-_MAX_OPEN = 256
-_MAX_OPEN_BYTES = 64 << 20
-# Of those that have ended, how many are kept, and what all they put out may take.
-MAX_ENDED = 100
-MAX_ENDED_BYTES = 64 << 20
-# Ids whose record was dropped: a request that comes again must not run a cell again.
-_MAX_FORGOTTEN = 10_000
 _MAX_ENDINGS = 1000
 
 
@@ -58,15 +26,15 @@ class Keeper:
     """The named sessions of one container.
 
     Args:
-        make_client: a client for a new session with this key; not yet connected.
+        make_client: a client for a new session with this key, and whether it recovers; not yet connected.
 
     State: `_sessions`, by name; `_endings`, what became of those that have ended, by incarnation; `_closing`, the tasks
     that close some; `_closed`.
     """
 
-    def __init__(self, make_client: Callable[[str | None], ExecutionClient]) -> None:
+    def __init__(self, make_client: Callable[[str | None, bool], ExecutionClient]) -> None:
         self._make_client = make_client
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, NamedSession] = {}
         self._endings: OrderedDict[str, str] = OrderedDict()
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -112,16 +80,32 @@ class Keeper:
             raise SessionGone(wish.name, self._endings.get(wish.incarnation or "", "it has ended"))
         return session.place_of(wish.client)
 
-    def _make(self, wish: Wish) -> _Session:
+    def _make(self, wish: Wish) -> NamedSession:
         if not wish.drive:
             raise SessionGone(wish.name, "there is none of this name")
-        if len(self._sessions) >= _MAX_SESSIONS:
-            raise StateError(f"{_MAX_SESSIONS} sessions are kept already: end some")
-        session = _Session(wish, self._make_client(wish.key), self._drop)
+        self._check_room()
+        session = NamedSession(self, wish, self._make_client(wish.key, wish.recover))
         self._sessions[wish.name] = session
         return session
 
-    def _drop(self, session: _Session, reason: str) -> asyncio.Task[None]:
+    def _check_room(self) -> None:
+        if len(self._sessions) >= _MAX_SESSIONS:
+            raise StateError(f"{_MAX_SESSIONS} sessions are kept already: end some")
+
+    def check_new(self, name: str) -> None:
+        """Raises `InvalidArgument` or `StateError` if there can be no new session of this name."""
+        check_name("name", name)
+        if name in self._sessions:
+            raise InvalidArgument("name", name, "there is a session of this name: choose another, or end that")
+        self._check_room()
+
+    def adopt(self, wish: Wish, client: ExecutionClient) -> None:
+        """Keep a session that has a kernel already; nobody is attached to it."""
+        session = NamedSession(self, wish, client, connected=True)
+        self._sessions[wish.name] = session
+        session.wait_for_clients()
+
+    def drop(self, session: NamedSession, reason: str) -> asyncio.Task[None]:
         """A session is to end: its name is free at once."""
         if self._sessions.get(session.name) is session:
             del self._sessions[session.name]
@@ -137,348 +121,6 @@ class Keeper:
         """End all sessions. May be called again."""
         self._closed = True
         for session in list(self._sessions.values()):
-            self._drop(session, "the container was closed")
+            self.drop(session, "the container was closed")
         if self._closing:
             await asyncio.wait(self._closing)
-
-
-class _Kept:
-    """An execution and its journal.
-
-    State: `execution`, the client's; `ending`, once it has ended; `waiting`, futures to complete when there is news.
-    """
-
-    def __init__(self, id_: str, code: str, execution: Execution) -> None:
-        self.id = id_
-        self.digest = _digest(code)
-        self.code_size = len(code)
-        self.journal = Journal()
-        self.execution: Execution | None = execution
-        self.ending: Ending | None = None
-        self.size = 0
-        self.waiting: set[asyncio.Future[None]] = set()
-
-    async def follow(self, execution: Execution, timeout: float) -> None:
-        """Write the journal to the execution's end, of which nobody is told. The time counts from now."""
-        outcome = None
-        try:
-            with suppress(ActboxError):
-                async for event in execution.events(timeout):
-                    self.journal.add(event)
-                    self.tell()
-            outcome = execution.outcome
-        except Exception:
-            logger.exception("an execution could not be followed")
-        finally:
-            result = execution.so_far()
-            self.ending = Ending(outcome or Lost("nobody could follow it"), result)
-            # The result shares the contents of displays with the journal, but not what that has dropped.
-            self.size = self.journal.size + _size(result)
-            self.execution = None
-
-    def tell(self) -> None:
-        """There is news."""
-        for future in self.waiting:
-            if not future.done():
-                future.set_result(None)
-
-    def standing(self) -> Standing:
-        state: Literal["waiting", "running", "ended"] = "ended"
-        if self.ending is None:
-            state = "waiting" if self.execution is None or self.execution.fold is None else "running"
-        outcome = type(self.ending.outcome).__name__ if self.ending is not None else None
-        return Standing(self.id, state, self.journal.first, self.journal.last, outcome)
-
-
-class _Session:
-    """One named session.
-
-    State: `_clients`, who is attached, by what they call themselves; `driver`, the one of them that drives; `ttl` and
-    `_timer`, which runs while there is none; `_kept`, the executions that are known, in order; `_forgotten`, ids of
-    those that are not any more; `_following`, a task for each that has not ended; `ended`, why it has.
-    """
-
-    def __init__(
-        self, wish: Wish, client: ExecutionClient, drop: Callable[[_Session, str], asyncio.Task[None]]
-    ) -> None:
-        self.name = wish.name
-        self.key = wish.key
-        self.incarnation = secrets.token_hex(16)
-        self.client = client
-        self.ttl = wish.ttl
-        self.driver: Attachment | None = None
-        self.ended: str | None = None
-        self._drop = drop
-        self._clients: dict[str, Attachment] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self._forgotten: OrderedDict[str, str] = OrderedDict()
-        self._following: set[asyncio.Task[None]] = set()
-        self._opening = asyncio.create_task(self._open())
-
-    async def _open(self) -> None:
-        try:
-            await self.client.connect()
-        except BaseException as exc:
-            if self.ended is None:
-                self.drop(f"it could not be made: {exc}")
-            raise
-
-    async def opened(self) -> None:
-        """Wait until there is a kernel; raises what `connect` raised. It is made even if nobody waits any more."""
-        await asyncio.wait([self._opening])
-        if self.ended is not None and self._opening.cancelled():
-            raise SessionGone(self.name, self.ended)
-        self._opening.result()
-
-    # -- who is attached -----------------------------------------------------------------------------------------
-
-    def join(self, wish: Wish) -> Attachment:
-        """See `Keeper.attach`."""
-        drives = wish.drive
-        driver = self.driver
-        if drives and driver is not None and driver.client != wish.client and not wish.take_over:
-            if wish.incarnation is None:
-                raise DriveRefused(
-                    "another client drives this session: pass take_over=True to drive in its place, "
-                    "or drive=False to watch"
-                )
-            # One that comes back after a cut can still watch what it has begun.
-            drives = False
-        before = self._clients.get(wish.client)
-        if before is None and len(self._clients) >= _MAX_CLIENTS:
-            raise StateError(f"{_MAX_CLIENTS} clients are attached to this session already")
-        attachment = Attachment(self, wish.client)
-        self._clients[wish.client] = attachment
-        if before is not None:
-            before.detach()
-        if drives:
-            self.driver = attachment
-            self.ttl = wish.ttl
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        return attachment
-
-    def place_of(self, client: str) -> Attachment:
-        """See `Keeper.attached`."""
-        attachment = self._clients.get(client)
-        if attachment is None:
-            raise StateError("this client is not attached")
-        return attachment
-
-    def part(self, attachment: Attachment) -> None:
-        """A client has left; the last one starts the time to live."""
-        if self.driver is attachment:
-            self.driver = None
-        if self._clients.get(attachment.client) is attachment:
-            del self._clients[attachment.client]
-        if not self._clients and self._timer is None and self.ended is None:
-            self._timer = asyncio.get_running_loop().call_later(
-                min(self.ttl, _LONGEST), self.drop, "its time to live was over"
-            )
-
-    # -- executions ----------------------------------------------------------------------------------------------
-
-    def knows(self, id_: str, code: str) -> bool:
-        """Whether this cell was submitted before. Raises `InvalidArgument` if the id is that of another."""
-        kept = self._kept.get(id_)
-        known = kept.digest if kept is not None else self._forgotten.get(id_)
-        if known is not None and known != _digest(code):
-            raise InvalidArgument("id", id_, "another cell of this session has it: choose another")
-        return known is not None
-
-    async def submit(self, id_: str, code: str, timeout: float) -> None:
-        """See `Line.submit`."""
-        unfinished = [kept for kept in self._kept.values() if kept.ending is None]
-        size = len(code) + sum(kept.code_size for kept in unfinished)
-        if len(unfinished) >= _MAX_OPEN or (unfinished and size > _MAX_OPEN_BYTES):
-            raise StateError(f"{len(unfinished)} cells of this session wait already: wait for some")
-        execution = await self.client.submit(code)
-        kept = _Kept(id_, code, execution)
-        self._kept[id_] = kept
-        task = asyncio.create_task(self._follow(kept, execution, timeout))
-        self._following.add(task)
-        task.add_done_callback(self._following.discard)
-
-    async def _follow(self, kept: _Kept, execution: Execution, timeout: float) -> None:
-        await kept.follow(execution, timeout)
-        self._drop_old()
-        kept.tell()
-
-    def _drop_old(self) -> None:
-        """Keep within the bounds: the oldest records go; the newest stays, whatever its size."""
-        ended = [kept for kept in self._kept.values() if kept.ending is not None]
-        size = sum(kept.size for kept in ended)
-        for count, kept in zip(range(len(ended), 1, -1), ended, strict=False):
-            if count <= MAX_ENDED and size <= MAX_ENDED_BYTES:
-                break
-            size -= kept.size
-            del self._kept[kept.id]
-            self._forgotten[kept.id] = kept.digest
-            kept.tell()
-        while len(self._forgotten) > _MAX_FORGOTTEN:
-            self._forgotten.popitem(last=False)
-
-    def find(self, id_: str) -> _Kept:
-        """The execution of this id. Raises `ExecutionUnknown`."""
-        kept = self._kept.get(id_)
-        if kept is None:
-            forgotten = id_ in self._forgotten
-            raise ExecutionUnknown(
-                id_, "it has ended, and its record was dropped for newer ones" if forgotten else "nobody submitted it"
-            )
-        return kept
-
-    def standings(self) -> list[Standing]:
-        """See `Line.executions`."""
-        return [kept.standing() for kept in self._kept.values()]
-
-    # -- the end -------------------------------------------------------------------------------------------------
-
-    def drop(self, reason: str) -> asyncio.Task[None]:
-        """End it; returns at once."""
-        return self._drop(self, reason)
-
-    async def close(self, reason: str) -> None:
-        """End it, and wait for that. Whoever waits for something of it is told why."""
-        if self.ended is not None:
-            return
-        self.ended = reason
-        if self._timer is not None:
-            self._timer.cancel()
-        for attachment in list(self._clients.values()):
-            attachment.wake()
-        await finish(self._shut_down())
-
-    async def _shut_down(self) -> None:
-        if self._opening is not asyncio.current_task():
-            self._opening.cancel()
-        await asyncio.wait([self._opening])
-        if not self._opening.cancelled():
-            self._opening.exception()
-        await self.client.disconnect()
-        if self._following:
-            await asyncio.wait(self._following)
-
-
-class Attachment:
-    """A client's place in a session: the `Line` of the container's own process.
-
-    State: `_left`, whether it has left; `_waiting`, futures of those who wait for news by it.
-    """
-
-    def __init__(self, session: _Session, client: str) -> None:
-        self.client = client
-        self._session = session
-        self._left = False
-        self._waiting: set[asyncio.Future[None]] = set()
-
-    @property
-    def incarnation(self) -> str:
-        """See `Line`, as for all that follows."""
-        return self._session.incarnation
-
-    def _check(self) -> None:
-        if self._session.ended is not None:
-            raise SessionGone(self._session.name, self._session.ended)
-        if self._left:
-            raise StateError("this client has left the session")
-
-    def _check_drives(self) -> None:
-        if self._session.driver is not self:
-            raise DriveRefused(
-                "this client does not drive the session: attach with drive=True, and take_over=True if another does"
-            )
-
-    async def submit(self, id: str, code: str, timeout: float) -> None:  # noqa: A002
-        self._check()
-        check_name("id", id)
-        check_timeout(timeout)
-        # Before asking who drives: what was accepted once stays so, though the answer was lost.
-        if not self._session.knows(id, code):
-            self._check_drives()
-            await self._session.submit(id, code, timeout)
-
-    async def read(self, id: str, after: int) -> Page:  # noqa: A002
-        while True:
-            self._check()
-            kept = self._session.find(id)
-            events = kept.journal.after(after, PAGE_BYTES, PAGE_EVENTS)
-            last = events[-1][0] if events else after
-            ended = kept.ending is not None and last >= kept.journal.last
-            if events or ended:
-                return Page(tuple(events), ended)
-            await self._news(kept)
-
-    async def result(self, id: str) -> Ending:  # noqa: A002
-        while True:
-            self._check()
-            kept = self._session.find(id)
-            if kept.ending is not None:
-                return kept.ending
-            await self._news(kept)
-
-    async def interrupt(self, id: str) -> None:  # noqa: A002
-        self._check()
-        kept = self._session.find(id)
-        self._check_drives()
-        if kept.execution is not None:
-            self._session.client.stop(kept.execution, "interrupt")
-
-    async def carry(self, transfer: Transfer, timeout: float) -> Ending:
-        self._check()
-        self._check_drives()
-        execution = self._session.client.submit_transfer(transfer)
-        try:
-            await execution.result(timeout)
-        except ActboxError:
-            if execution.outcome is None:
-                raise
-        assert execution.outcome is not None  # noqa: S101 - what result returns after
-        return Ending(execution.outcome, execution.so_far())
-
-    async def executions(self) -> list[Standing]:
-        self._check()
-        return self._session.standings()
-
-    async def end(self) -> None:
-        self._check()
-        self._check_drives()
-        await asyncio.shield(self._session.drop("it was ended by its driver"))
-
-    async def leave(self) -> None:
-        self.detach()
-
-    def detach(self) -> None:
-        """Leave at once."""
-        if not self._left:
-            self._left = True
-            self._session.part(self)
-            self.wake()
-
-    def wake(self) -> None:
-        """Have those who wait look again."""
-        for future in self._waiting:
-            if not future.done():
-                future.set_result(None)
-
-    async def _news(self, kept: _Kept) -> None:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        kept.waiting.add(future)
-        self._waiting.add(future)
-        try:
-            await future
-        finally:
-            kept.waiting.discard(future)
-            self._waiting.discard(future)
-
-
-def _digest(code: str) -> str:
-    return hashlib.sha256(code.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _size(result: ExecutionResult) -> int:
-    texts = sum(len(output.text) + len(output.trace or "") for output in result.outputs)
-    displays = sum(bundle_size(output.data, output.metadata) for output in result.outputs)
-    return len(result.text or "") + texts + displays + sum(len(image.data) for image in result.images)

@@ -1,6 +1,6 @@
 """The contract between a client and a session that is kept for it, whatever lies between the two.
 
-In the container's own process it is kept by the session itself (`keeping`); elsewhere by a line over TCP that mends
+In the container's own process it is kept by the session itself (`named`); elsewhere by a line over TCP that mends
 itself (`rejoining`), with a desk at its other end (`desk`). What is asked may be asked again: an answer that was lost
 costs nothing but the asking.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from actbox.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from actbox.checkpoint import Checkpoint
     from actbox.events import Outcome
     from actbox.execution import Transfer
     from actbox.journal import Numbered
@@ -36,6 +37,7 @@ class Wish:
         drive: whether to submit and interrupt, or only to watch.
         take_over: take the right to drive away from another client.
         incarnation: of the session, once it is known: a client that comes back wants that one, and no other.
+        recover: whether a new session keeps its last good state.
     """
 
     name: str
@@ -45,6 +47,28 @@ class Wish:
     drive: bool = True
     take_over: bool = False
     incarnation: str | None = None
+    recover: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is done to a whole session, in its turn among the cells; see the methods of `AttachedClient` of these names.
+
+    Attributes:
+        kind: what.
+        name: of the checkpoint, or of the session that a fork becomes.
+        mark: chosen at random: what is asked for again with the same mark is not done again.
+        timeout: in seconds; nothing waits for "discard".
+        force, files, key: as of `CodeExecutor.checkpoint` and `fork`.
+    """
+
+    kind: Literal["checkpoint", "rollback", "discard", "fork"]
+    name: str
+    mark: str
+    timeout: float = 120.0
+    force: bool = False
+    files: bool = False
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +151,17 @@ class Line(Protocol):
             DriveRefused: this client does not drive.
             ExecutionLost: the connection broke meanwhile.
         """
+        ...
+
+    async def change(self, change: Change) -> list[Checkpoint]:
+        """Do something to the session as a whole; the checkpoint that was made or gone back to, if any.
+
+        Raises `DriveRefused`, and what the methods of these names of `CodeExecutor` do.
+        """
+        ...
+
+    async def checkpoints(self) -> list[Checkpoint]:
+        """Those that can be gone back to, the oldest first."""
         ...
 
     async def executions(self) -> list[Standing]:

@@ -12,15 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from actbox import carrying, dialogue
+from actbox import carrying, dialogue, refusals
 from actbox.connecting import TCP_SECONDS, Address, Pieces, beat, reach
 from actbox.dialogue import Request
 from actbox.errors import ActboxError, ConnectionError, ProtocolError, SessionGone, StateError, shown
 from actbox.protocol import frames
 
 if TYPE_CHECKING:
+    from actbox.checkpoint import Checkpoint
     from actbox.execution import Transfer
-    from actbox.lines import Ending, Page, Standing, Wish
+    from actbox.lines import Change, Ending, Page, Standing, Wish
     from actbox.link import Link
     from actbox.protocol.frames import Frame
 
@@ -120,6 +121,14 @@ class Rejoining:
                     raise ConnectionError(f"the transfer has not begun: {exc}") from exc
         raise AssertionError
 
+    async def change(self, change: Change) -> list[Checkpoint]:
+        """See `Line`."""
+        return dialogue.read_checkpoints(await self._ask(Request(0, "change", change=change)))
+
+    async def checkpoints(self) -> list[Checkpoint]:
+        """See `Line`."""
+        return dialogue.read_checkpoints(await self._ask(Request(0, "checkpoints")))
+
     async def executions(self) -> list[Standing]:
         """See `Line`."""
         return dialogue.read_standings(await self._ask(Request(0, "executions")))
@@ -190,7 +199,7 @@ class Rejoining:
         return None
 
     def _refused(self, frame: Frame) -> ActboxError:
-        exc = dialogue.read_refusal(frame.header)
+        exc = refusals.read_refusal(frame.header)
         if isinstance(exc, SessionGone) and self._wish.incarnation is not None:
             self._gone = exc
         return exc
