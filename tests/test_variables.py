@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import datetime as dt
+import enum
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pytest
 
@@ -55,8 +59,15 @@ class Endless:
     shape = dtype = nbytes = columns = __class__ = property(endless)
 class Kind(type):
     __name__ = __module__ = property(endless)
-    __repr__ = __subclasscheck__ = __instancecheck__ = endless
+    __repr__ = __subclasscheck__ = __instancecheck__ = __eq__ = endless
+    __hash__ = type.__hash__
 class Odd(metaclass=Kind): pass
+class Word(str):
+    __repr__ = __str__ = __len__ = __getitem__ = __format__ = endless
+class Named: pass
+Named.__qualname__ = Word("Named")
+def named(): pass
+named.__code__ = named.__code__.replace(co_name=Word("named"))
 """
 
 # What a hostile kernel does: `send` puts a piece on the wire, `r` is the request that is being served.
@@ -141,9 +152,10 @@ async def test_no_code_of_the_values_own_is_run(executor: CodeExecutor) -> None:
         "class Shy:\n    __repr__ = __str__ = endless\n"
         "a = np.array([Shy()]); t = pd.DataFrame({'x': a}, dtype=object)\n"
         "t2 = pd.DataFrame([[1]], columns=pd.Index(a, dtype=object)); s = t.x\n"
-        "class Text(str):\n    __repr__ = __len__ = __getitem__ = endless\n"
         "class Array(np.ndarray):\n    shape = nbytes = dtype = property(endless)\n"
-        "text = Text('x'); sub = np.zeros(3).view(Array); huge = 10 ** 10000; r = range(10 ** 1000)\n"
+        "class Number(np.float64):\n    nbytes = dtype = property(endless)\n    reshape = endless\n"
+        "number = Number(1); name = Named()\n"
+        "text = Word('x'); sub = np.zeros(3).view(Array); huge = 10 ** 10000; r = range(10 ** 1000)\n"
         "deep = []\nfor _ in range(10000): deep = [deep]\nloop = []; loop.append(loop)",
         SECONDS,
     )
@@ -153,7 +165,10 @@ async def test_no_code_of_the_values_own_is_run(executor: CodeExecutor) -> None:
     assert told["odd"].type == "Odd"
     assert told["l"].preview == "[<Endless>, <Odd>]"
     assert told["d"].preview == "{1: <Endless>}"
-    assert (told["text"].type, told["text"].preview) == ("Text", None)
+    assert (told["text"].type, told["text"].preview) == ("Word", None)
+    assert (told["number"].type, told["number"].preview) == ("Number", None)
+    assert (told["name"].type, told["Named"].preview) == ("Named", "<class Named>")
+    assert str(told["named"].preview) == "named()"
     assert told["sub"].preview is None
     assert told["huge"].preview == "<int of 33220 bits>"
     assert told["r"].preview == "range(...)"
@@ -166,6 +181,13 @@ async def test_a_listing_is_bounded(executor: CodeExecutor) -> None:
     found = await executor.variables(limit=5, preview=3)
     assert [(one.name, one.preview) for one in found[:2]] == [("i", "299"), ("v0000", "'xx")]
     assert len(found) == 5
+
+
+async def test_variables_with_much_to_show_are_told_without_rather_than_left_out(executor: CodeExecutor) -> None:
+    await executor.execute("for i in range(3000): globals()[f'v{i:04}'] = 'é' * 10000")
+    found = await executor.variables(limit=5000, preview=1000)
+    assert [variable.name for variable in found] == ["i", *(f"v{number:04}" for number in range(3000))]
+    assert [variable.preview is None for variable in found] == [False] * 263 + [True] * 2738
 
 
 async def test_a_request_waits_its_turn_and_is_interrupted_like_a_cell(client: CodeExecutor) -> None:
@@ -219,6 +241,47 @@ async def test_json_and_bytes_move_as_they_are(executor: CodeExecutor) -> None:
         assert await executor.get("v") == value
 
 
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Point(NamedTuple):
+    x: int
+    y: str
+
+
+# What Python's own `json` would write, or people put into results without a thought, and what comes of it.
+SIMPLER: list[tuple[Any, Any]] = [
+    (float("inf"), float("inf")),
+    ({"n": np.int64(3), "x": np.float64(1.5), "b": np.bool_(True), "s": np.str_("é")}, None),
+    (collections.Counter("aab"), {"a": 2, "b": 1}),
+    (collections.OrderedDict(b=1, a=[2]), {"b": 1, "a": [2]}),
+    ([Level.HIGH, Point(1, "y")], [3, [1, "y"]]),
+]
+
+
+@pytest.mark.parametrize(("value", "comes"), SIMPLER, ids=lambda value: str(value)[:40])
+async def test_what_derives_from_a_type_of_json_travels_as_that(executor: CodeExecutor, value: Any, comes: Any) -> None:
+    await executor.set("v", value)
+    got = await executor.get("v")
+    assert got == (value if comes is None else comes)
+    assert {type(item) for item in got.values()} <= {int, float, bool, str, list} if type(got) is dict else True
+
+
+async def test_results_with_nan_and_numbers_of_numpy_come_out(executor: CodeExecutor) -> None:
+    await executor.execute(
+        "import numpy as np, collections\n"
+        "scores = {'mean': np.array([1.0, 2.0]).mean(), 'worst': float('nan'), 'n': np.int64(2)}\n"
+        "words = collections.Counter('aab'); when = np.datetime64('2020-01-01', 'ns')"
+    )
+    scores = await executor.get("scores")
+    assert (scores["mean"], scores["n"]) == (1.5, 2)
+    assert math.isnan(scores["worst"])
+    assert await executor.get("words") == {"a": 2, "b": 1}
+    with pytest.raises(VariableUnsupported, match=r"numpy\.array"):
+        await executor.get("when")
+
+
 ARRAYS: list[Any] = [
     np.arange(12).reshape(3, 4),
     np.asfortranarray(np.arange(12.0).reshape(3, 4)),
@@ -262,6 +325,15 @@ FRAME = pd.DataFrame(
     },
     index=pd.Index(["p", "q"], name="row"),
 )
+FRAMES: dict[str, pd.DataFrame] = {
+    "whole numbers for columns": pd.DataFrame(np.zeros((2, 3))),
+    "columns of one name": pd.DataFrame([[1, "x"]], columns=["a", "a"]),
+    "columns with a name": pd.crosstab(pd.Series([1, 2], name="row"), pd.Series(["x", "y"], name="column")),
+    "no rows": FRAME.drop(columns="kind").iloc[:0],
+    "rows of another": FRAME.reset_index(drop=True).iloc[1:],
+    "two indices": FRAME.set_index("n", append=True),
+    "whole numbers that lack": pd.DataFrame({"a": pd.array([(1 << 60) + 1, None], "Int64"), "b": [1, 2]}),
+}
 TABLE = pa.table({"lists": [[1, 2], None], "structs": [{"a": 1.5}, {"a": None}], "nothing": pa.nulls(2)})
 
 
@@ -283,22 +355,69 @@ async def test_tables_move_by_arrow_or_say_what_they_lack(executor: CodeExecutor
         assert got.equals(value)
 
 
+@pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
+def test_frames_as_people_have_them_come_as_they_were(frame: pd.DataFrame) -> None:
+    encoded = guest_values.encode(frame)
+    there = guest_values.decode(encoded.header, bytearray(encoded.data))
+    back = values.decode(json.dumps(encoded.header).encode(), bytearray(encoded.data))
+    for got in (there, back):
+        pd.testing.assert_frame_equal(got, frame)
+
+
+def test_a_frame_without_columns_keeps_its_rows() -> None:
+    encoded = guest_values.encode(pd.DataFrame(index=[5, 6, 7]))
+    assert list(values.decode(json.dumps(encoded.header).encode(), bytearray(encoded.data)).index) == [5, 6, 7]
+    encoded = guest_values.encode(pd.DataFrame(index=range(3)))
+    assert len(values.decode(json.dumps(encoded.header).encode(), bytearray(encoded.data))) == 3
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", None], ["a", "b", "c"], ["a", [1]], 1.5, ["a", "\ud800"], ["a", True]])
+def test_a_frame_that_lies_about_its_columns_is_refused(names: Any) -> None:
+    encoded = guest_values.encode(pd.DataFrame([[1, 2]]))
+    assert encoded.header["columns"] == [0, 1]
+    for lie in ({"columns": names}, {"columns_name": names}, {"index": ["x", "y", "z"]}, {"index": ["\ud800"]}):
+        with pytest.raises(values.Malformed):
+            values.decode(json.dumps({**encoded.header, **lie}).encode(), bytearray(encoded.data))
+
+
+async def test_what_the_host_lacks_is_told_as_the_hosts(
+    executor: CodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(VariableRefused, match=r"on the host: pip install 'actbox\[arrow\]'"):
+        await executor.set("v", FRAME)
+
+
+async def test_a_name_means_what_it_means_in_a_cell(executor: CodeExecutor) -> None:
+    await executor.set("\N{MICRO SIGN}", 5)  # which Python's parser makes a Greek letter
+    assert (await executor.execute("print(\N{MICRO SIGN})")).text == "5"
+    assert await executor.get("\N{MICRO SIGN}") == await executor.get("\N{GREEK SMALL LETTER MU}") == 5
+    with pytest.raises(InvalidArgument):
+        await executor.set("class", 5)
+
+
 async def test_what_does_not_move_says_its_type_and_what_does(executor: CodeExecutor) -> None:
     await executor.execute(
         "import numpy as np, pandas as pd, datetime\n"
-        "class Mine: pass\nmine = Mine(); nested = {'a': [mine]}; keys = {1: 2}; nan = [float('nan')]\n"
+        "class Mine: pass\nmine = Mine(); nested = {'a': [mine]}; keys = {1: 2}; inner = [np.zeros(1)]\n"
         "objects = np.array([mine]); fields = np.zeros(1, 'i4,f8'); "
-        "column = pd.Series([1]); day = datetime.date.today()"
+        "column = pd.Series([1]); day = datetime.date.today(); masked = np.ma.array([1]); some = {1}\n"
+        "path = 'a\\udcff'; long = 10 ** 5000; undated = np.array(['NaT'], 'M8')"
     )
     for name, kind, remedy in [
         ("mine", "Mine", "make one of these of it"),
         ("nested", "Mine", "make one"),
-        ("keys", "dict with keys of type int", "keys of text"),
-        ("nan", "float", "NumPy array"),
+        ("keys", "dict with keys of type int", r"str\(key\)"),
+        ("inner", "numpy.ndarray", "by themselves"),
+        ("masked", "numpy.ma.MaskedArray", "asarray"),
+        ("some", "set", r"list\(value\)"),
+        ("path", "str", "surrogateescape"),
+        ("long", "int", "hex"),
+        ("undated", "numpy.ndarray of dtype <M8", "unit"),
         ("objects", "numpy.ndarray of dtype |O", "tolist"),
-        ("fields", "numpy.ndarray of dtype |V12", "astype"),
+        ("fields", "numpy.ndarray of dtype |V12", "one by one"),
         ("column", "pandas.Series", "to_frame"),
-        ("day", "datetime.date", "make one"),
+        ("day", "datetime.date", "isoformat"),
     ]:
         with pytest.raises(VariableUnsupported, match=remedy) as caught:
             await executor.get(name)
@@ -306,7 +425,8 @@ async def test_what_does_not_move_says_its_type_and_what_does(executor: CodeExec
     with pytest.raises(VariableMissing) as missing:
         await executor.get("nowhere")
     assert isinstance(missing.value, LookupError)
-    for value in (object(), {1: 2}, float("inf"), np.array([None]), dt.date(2020, 2, 29)):
+    months = pd.DataFrame({"month": pd.period_range("2020-01", periods=2, freq="M")})
+    for value in (object(), {1: 2}, np.array([None]), dt.date(2020, 2, 29), 10**5000, "\ud800", pl.DataFrame(), months):
         with pytest.raises(VariableUnsupported):
             await executor.set("v", value)
     deep: list[Any] = []
@@ -350,7 +470,8 @@ async def test_what_cannot_be_asked_is_said_before_anything_is_done(executor: Co
 LYING_VALUES: list[tuple[dict[str, Any], bytes]] = [
     ({"form": "pickle"}, b"cos\nsystem\n(S'true'\ntR."),
     ({"form": "json", "size": 5, "blobs": []}, b"NaN"),
-    ({"form": "json", "size": 3, "blobs": []}, b"NaN"),
+    ({"form": "json", "size": 3, "blobs": []}, b"nan"),
+    ({"form": "json", "size": 3, "blobs": []}, b"Inf"),
     ({"form": "json", "size": 14, "blobs": []}, b'{"a":1,"a":2} '),
     ({"form": "json", "size": 8, "blobs": []}, b'"\\ud800"'),
     ({"form": "json", "size": 5, "blobs": []}, b"1e999"),
@@ -473,7 +594,7 @@ def test_json_that_is_cut_apart_is_put_together_again() -> None:
 
 
 LYING_LISTINGS = [
-    "send(bytes(4 << 20))" if False else 'for _ in range(100): send(b\'{"name": "x", "type": "y"}\\n\' * 200)',
+    'for _ in range(100): send(b\'{"name": "x", "type": "y"}\\n\' * 200)',
     'send(b\'{"name": 1, "type": "y"}\\n\')',
     "send(b'no json\\n')",
     'send(b\'{"name": "x", "type": "y", "bytes": -1}\\n\')',

@@ -10,12 +10,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import re
 import struct
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from actbox.guest import values as guest_values
+from actbox.guest.places import Refused
 from actbox.guest.values import Encoded, Unsupported
 from actbox.protocol import frames
 
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 PREFIX = guest_values.PREFIX
 MAX_HEADER = guest_values.MAX_HEADER
 
-# Booleans, numbers of fixed size, dates with a unit, texts and bytes: of the machine's order, without objects.
-_DTYPES = re.compile(
-    r"\|b1|\|[iu]1|<[iu][248]|<f[248]|<c(?:8|16)|\|S[1-9]\d{0,6}|<U[1-9]\d{0,6}|<[mM]8\[(?:\d{1,9})?(?:Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\]"
-)
-_MAX_DIMENSIONS = 32
 _MAX_INDEX_NAMES = 32
 _LAST_CHARACTER = 0x10FFFF
 _MAX_COLUMNS = 10_000
@@ -45,8 +40,11 @@ class Malformed(Exception):
 
 
 def encode(value: object) -> Encoded:
-    """A value of the caller's, ready to be sent. Raises `Unsupported`, or `Refused` if a library is missing."""
-    return guest_values.encode(value)
+    """A value of the caller's, ready to be sent. Raises `Unsupported`, or `Refused` if a library is missing here."""
+    try:
+        return guest_values.encode(value)
+    except guest_values.Lacking as exc:
+        raise Refused(_lacking(exc.module)) from exc
 
 
 def parse_json(text: str) -> Any:
@@ -64,7 +62,7 @@ def decode(head: bytes, data: bytearray) -> Any:
         header = frames.parse_header(head)
         match header.get("form"):
             case "json":
-                return guest_values.from_json(header, bytes(data), parse_json)
+                return guest_values.from_json(header, bytes(data), _from_endless_json)
             case "array":
                 return _to_array(header, data)
             case "table":
@@ -108,14 +106,22 @@ def _finite(digits: str) -> float:
 
 
 _from_json = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique).decode
+# A value of a variable's may be nan or infinity, spelled as Python spells them, and as nothing else.
+_from_endless_json = json.JSONDecoder(parse_constant=float, parse_float=_finite, object_pairs_hook=_unique).decode
+
+
+_EXTRAS = {"numpy": "data", "pandas": "data", "pyarrow": "arrow"}
 
 
 def _need(module: str) -> Any:
-    extra = {"numpy": "data", "pandas": "data", "pyarrow": "arrow"}[module]
     try:
         return importlib.import_module(module)
     except ImportError as exc:
-        raise Malformed(f"it needs {module} on the host: pip install 'actbox[{extra}]'") from exc
+        raise Malformed(_lacking(module)) from exc
+
+
+def _lacking(module: str) -> str:
+    return f"it needs {module} on the host: pip install 'actbox[{_EXTRAS[module]}]'"
 
 
 # -- NumPy -----------------------------------------------------------------------------------------------------------
@@ -123,11 +129,13 @@ def _need(module: str) -> Any:
 
 def _to_array(header: dict[str, Any], data: bytearray) -> Any:
     match header:
-        case {"dtype": str(name), "shape": [*shape], "order": "C" | "F" as order} if _DTYPES.fullmatch(name):
+        case {"dtype": str(name), "shape": [*shape], "order": "C" | "F" as order} if guest_values.DTYPES.fullmatch(
+            name
+        ):
             pass
         case _:
             raise ValueError("an array without a plain dtype, shape and order")
-    if len(shape) > _MAX_DIMENSIONS or not all(type(side) is int and 0 <= side < 1 << 53 for side in shape):
+    if len(shape) > guest_values.MAX_DIMENSIONS or not all(type(side) is int and 0 <= side < 1 << 53 for side in shape):
         raise ValueError("an array of an impossible shape")
     numpy = _need("numpy")
     dtype = numpy.dtype(name)
@@ -170,20 +178,35 @@ def _to_table(data: bytearray) -> Any:
 
 
 def _to_frame(header: dict[str, Any], data: bytearray) -> Any:
-    match header.get("index"):
-        case [*names] if len(names) <= _MAX_INDEX_NAMES and all(name is None or type(name) is str for name in names):
-            pass
-        case _:
-            raise ValueError("a table without a list of index names")
+    names: Any = header.get("index")
+    columns: Any = header.get("columns")
+    name: Any = header.get("columns_name")
+    if not _are_names(names, empty=True) or len(names) > _MAX_INDEX_NAMES:
+        raise ValueError("a table without a list of index names")
     _need("pandas")
     table = _to_table(data)
     if len(names) > table.num_columns:
         raise ValueError("a table with more index names than columns")
-    pyarrow = _need("pyarrow")
+    if columns is not None and not (_are_names(columns) and len(columns) == table.num_columns - len(names)):
+        raise ValueError("a table without a name for each column")
+    if not _are_names([name], empty=True):
+        raise ValueError("a table whose columns have no proper name")
     try:
-        return guest_values.to_frame(table, names)
-    except (pyarrow.ArrowException, KeyError, TypeError) as exc:
+        return guest_values.to_frame(table, {"index": names, "columns": columns, "columns_name": name})
+    except Exception as exc:  # pandas fails in every way
         raise ValueError(f"no DataFrame: {exc}") from exc
+
+
+def _are_names(names: Any, *, empty: bool = False) -> bool:
+    """Whether it is a list of texts and whole numbers; with `empty` an item may be None."""
+    if type(names) is not list:
+        return False
+    for name in cast("list[Any]", names):
+        if type(name) is str:
+            name.encode()  # a ValueError if no encoding carries it
+        elif type(name) is not int and not (empty and name is None):
+            return False
+    return True
 
 
 def _messages(pyarrow: Any, data: bytearray) -> Iterator[memoryview]:
@@ -220,7 +243,7 @@ def _check_type(pyarrow: Any, kind: Any, room: int) -> None:
         for number in range(kind.num_fields):
             _check_type(pyarrow, kind.field(number).type, room - 1)
     elif not any(getattr(types, f"is_{leaf}")(kind) for leaf in _LEAVES):
-        raise ValueError(f"a column of type {str(kind)[:100]}, which is not taken")
+        raise ValueError(f"a column of type {str(kind)[:100]}, which is not taken: cast it inside, or drop it")
 
 
 class _Table(NamedTuple):

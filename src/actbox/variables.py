@@ -7,6 +7,8 @@ Nothing that a session says is trusted: a listing is read strictly, and of a val
 from __future__ import annotations
 
 import json
+import keyword
+import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -71,7 +73,7 @@ class Variables(Exchanges):
         """The names that cells have made, in their order, modules and functions among them, and what each holds.
 
         Names that begin with an underscore, and IPython's own, are left out. No code of the values' own types is run
-        to find it out.
+        to find it out. Previews have 256 Ki characters together: the variables beyond that are told without.
 
         Args:
             timeout: see the class.
@@ -85,8 +87,9 @@ class Variables(Exchanges):
     async def get(self, name: str, timeout: float = 120, *, max_bytes: int = MAX_BYTES) -> Any:
         """The value of a variable, as data of its own: changing it here changes nothing there.
 
-        JSON values with bytes anywhere among them (tuples come as lists), NumPy arrays of plain items, `pyarrow.Table`,
-        and pandas DataFrames, which travel by Arrow. What comes is checked and never run: see `docs/variables.md`.
+        JSON values with bytes anywhere among them, nan and infinity too; NumPy arrays of plain items; `pyarrow.Table`;
+        and pandas DataFrames, which travel by Arrow. Tuples come as lists, NumPy's scalars and other types that derive
+        from JSON's as what they derive from. What comes is checked and never run: see `docs/variables.md`.
 
         Args:
             name: of the variable.
@@ -99,7 +102,8 @@ class Variables(Exchanges):
             VariableUnsupported: (a `TypeError`) its type does not travel; says what does.
             VariableRefused: it is too large, a library is not installed, or what came was none.
         """
-        request = {"type": "get", "name": _name(name), "max_bytes": _number("max_bytes", max_bytes, _MOST)}
+        name = _name(name)
+        request = {"type": "get", "name": name, "max_bytes": _number("max_bytes", max_bytes, _MOST)}
         getting = _Getting(request)
         await self.exchange(getting, timeout)
         try:
@@ -115,7 +119,7 @@ class Variables(Exchanges):
             VariableRefused: it is larger than `max_bytes`, or a library is not installed.
         """
         most = _number("max_bytes", max_bytes, _MOST)
-        _name(name)
+        name = _name(name)
         self.check_connected()
         try:
             encoded = await in_thread(values.encode, value)
@@ -226,11 +230,13 @@ def _text(told: dict[str, Any], field: str, most: int) -> str | None:
 
 
 def _name(name: object) -> str:
-    if not isinstance(name, str) or not name.isidentifier():
+    """A variable's name, as Python itself writes it: of two spellings of one letter cells know the normal one."""
+    spelled = unicodedata.normalize("NFKC", name) if isinstance(name, str) else ""
+    if not spelled.isidentifier() or keyword.iskeyword(spelled):
         raise InvalidArgument("name", name, "pass the name of a variable")
-    if len(json.dumps(name)) > _MAX_TEXT:
+    if len(json.dumps(spelled)) > _MAX_TEXT:
         raise InvalidArgument("name", name, f"pass a name of at most {_MAX_TEXT} characters")
-    return name
+    return spelled
 
 
 def _number(name: str, value: object, most: int) -> int:

@@ -30,12 +30,17 @@ if TYPE_CHECKING:
 REQUESTS = frozenset(("variables", "get", "set"))
 PIECE = 256 << 10
 _MAX_NAME = 200
-_MAX_LISTING = 2 << 20
+_MAX_LISTING = 3 << 20
+# Characters of all previews together; the variables beyond are told without.
+_MAX_PREVIEWS = 256 << 10
 _DEPTH = 3
 _ITEMS = 10
 # A longer number takes long to write in decimals.
 _MAX_BITS = 256
+# Py_TPFLAGS_HEAPTYPE: made by a class statement, or as if.
+_MADE = 1 << 9
 _SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset, collections.deque)
+_CONTAINERS = (list, tuple, set, frozenset, dict, collections.deque)
 _SHOWN_BY_PYTHON = (bool, float, complex, type(None), type(...), type(NotImplemented))
 _to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
@@ -74,8 +79,11 @@ class Variables(Server):
 
     def _listed(self, limit: int, preview: int) -> Iterator[dict[str, Any]]:
         found = ((name, value) for name, value in user_variables(self._shell) if not name.startswith("_"))
+        room = _MAX_PREVIEWS
         for name, value in itertools.islice(found, limit):
-            yield {"name": name[:_MAX_NAME], **describe(value, preview)}
+            told = {"name": name[:_MAX_NAME], **describe(value, preview)}
+            room -= len(told.get("preview") or "")
+            yield told if room >= 0 else {**told, "preview": None}
 
     def _get(self, number: int, name: str, max_bytes: int) -> None:
         try:
@@ -146,8 +154,8 @@ def describe(value: Any, room: int) -> dict[str, Any]:
 def _of_python(value: Any, room: int) -> dict[str, Any]:
     kind = type(value)
     told: dict[str, Any] = {"bytes": object.__sizeof__(value)}
-    if kind in _SIZED:
-        told = {"bytes": kind.__sizeof__(value), "length": len(value)}
+    if _among(kind, _SIZED):
+        told = {"bytes": cast("Any", kind).__sizeof__(value), "length": len(value)}
     elif kind is memoryview:
         told = {"bytes": value.nbytes, "length": value.nbytes}
     elif kind is int:
@@ -164,11 +172,11 @@ def _of_library(value: Any, room: int) -> dict[str, Any] | None:
         if value.dtype.kind in values.PLAIN_KINDS:
             told["preview"] = _joined("[", _items(value.flat[:_ITEMS]), "]", room, more=value.size > _ITEMS)
         return told
-    if numpy is not None and issubclass(kind, numpy.generic) and value.dtype.kind in values.PLAIN_KINDS:
+    if numpy is not None and _is_scalar(numpy, kind) and value.dtype.kind in values.PLAIN_KINDS:
         text = show(_items(value.reshape(1))[0], room)
         return {"bytes": value.nbytes, "shape": [], "dtype": value.dtype.str, "preview": text}
     if pandas is not None and kind is pandas.DataFrame:
-        columns = [f"{show(name, 50)}: {dtype}" for name, dtype in _columns(numpy, value)]
+        columns = [f"{_inner(name, 50, _DEPTH)}: {dtype}" for name, dtype in _columns(numpy, value)]
         more = value.shape[1] > _ITEMS
         size = int(value.memory_usage().sum())
         return {"bytes": size, "shape": list(value.shape), "preview": f"{', '.join(columns)}{', ...' if more else ''}"}
@@ -178,6 +186,16 @@ def _of_library(value: Any, room: int) -> dict[str, Any] | None:
         fields = [f"{field.name!r}: {field.type}" for field in list(value.schema)[:_ITEMS]]
         return {"bytes": value.nbytes, "shape": [value.num_rows, value.num_columns], "preview": ", ".join(fields)}
     return None
+
+
+def _among(kind: type, kinds: tuple[type, ...]) -> bool:
+    """Whether it is one of these types; to compare them would ask the type of a type that a cell has made."""
+    return any(kind is each for each in kinds)
+
+
+def _is_scalar(numpy: Any, kind: type) -> bool:
+    """Whether it is a scalar of NumPy's own, and no class that derives from one."""
+    return issubclass(kind, numpy.generic) and not type.__dict__["__flags__"].__get__(kind) & _MADE
 
 
 def _items(array: Any) -> list[Any]:
@@ -197,11 +215,11 @@ def _dtype(numpy: Any, dtype: Any) -> str:
 def show(value: Any, room: int, depth: int = _DEPTH) -> str | None:
     """A value as text of about `room` characters; None if only its own code could tell."""
     kind = type(value)
-    if kind in _SHOWN_BY_PYTHON:
+    if _among(kind, _SHOWN_BY_PYTHON):
         return repr(value)
     if kind is int:
         return repr(value) if value.bit_length() <= _MAX_BITS else f"<int of {value.bit_length()} bits>"
-    if kind in (str, bytes, bytearray):
+    if _among(kind, (str, bytes, bytearray)):
         return repr(value) if len(value) <= room else f"{value[:room]!r}..."
     if kind is range:
         return "range(...)" if max(map(abs, (value.start, value.stop, value.step))) >> _MAX_BITS else repr(value)
@@ -210,10 +228,10 @@ def show(value: Any, room: int, depth: int = _DEPTH) -> str | None:
         return f"<module {name[:_MAX_NAME]}>" if type(name) is str else None
     if kind is types.FunctionType:
         code = value.__code__
-        return f"{code.co_name[:_MAX_NAME]}({', '.join(code.co_varnames[: code.co_argcount])})"[:room]
+        return f"{values.exact(code.co_name)[:_MAX_NAME]}({', '.join(code.co_varnames[: code.co_argcount])})"[:room]
     if issubclass(kind, type):
-        return f"<class {type.__dict__['__qualname__'].__get__(value)[:_MAX_NAME]}>"
-    if kind in (list, tuple, set, frozenset, dict, collections.deque):
+        return f"<class {values.exact(type.__dict__['__qualname__'].__get__(value))[:_MAX_NAME]}>"
+    if _among(kind, _CONTAINERS):
         return _shown_container(kind, value, room, depth)
     return None
 
