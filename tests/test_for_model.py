@@ -32,8 +32,8 @@ from actbox import (
     to_openai,
 )
 from actbox.files import TextFolder
-from actbox.guest import tables
-from actbox.pictures import MAX_PIXELS, NotReduced, reduced, size_of
+from actbox.guest import pictures, tables
+from actbox.pictures import MAX_PIXELS, SMALLER, NotReduced, reduced, size_of
 from actbox.readable import TABLE, plain, text_of
 
 if TYPE_CHECKING:
@@ -372,7 +372,7 @@ def test_more_images_than_allowed_are_named() -> None:
     blocks = shown({"image/png": PNG}, {"image/png": PNG}).for_model(OutputPolicy(images=1))
     assert blocks[1] == {
         "type": "text",
-        "text": f"[image/png, 4x3 pixels, {len(PNG)} bytes: left out, there were 1 images before it]",
+        "text": f"[image/png, 4x3 pixels, {len(PNG)} bytes: left out, no more than 1 are shown]",
     }
 
 
@@ -380,7 +380,57 @@ def test_nothing_is_decoded_unless_it_was_asked_for(monkeypatch: pytest.MonkeyPa
     large = picture(2000, 10)
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert shown({"image/png": PNG}).for_model()[0]["type"] == "image"
-    assert "OutputPolicy(downscale=True)" in text(shown({"image/png": large}))
+    assert "more than 1568 pixels a side or 1,048,576 bytes; display it smaller" in text(shown({"image/png": large}))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_a_copy_is_made_of_an_image_that_is_too_large_and_of_no_other(kind: str) -> None:
+    mime = f"image/{kind.lower()}"
+    copy = pictures.copy_of([("text/plain", "text", b"x"), (mime, "binary", picture(2000, 100, kind))])
+    assert copy is not None
+    assert (size_of(copy, "image/png") or size_of(copy, "image/jpeg")) == (1568, 78)
+    assert pictures.copy_of([(mime, "binary", picture(1568, 100, kind))]) is None
+    assert pictures.copy_of([(mime, "binary", b"x" * (2 << 20))]) is None
+
+
+def test_a_copy_has_few_enough_bytes_too() -> None:
+    large = picture(1500, 1500)
+    assert len(large) > 1 << 20
+    copy = pictures.copy_of([("image/png", "binary", large)])
+    assert copy is not None
+    assert len(copy) <= 1 << 20
+
+
+def test_without_pillow_there_is_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = picture(2000, 10)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    assert pictures.copy_of([("image/png", "binary", large)]) is None
+
+
+def test_sixteen_bits_keep_their_upper_ones() -> None:
+    out = io.BytesIO()
+    Pillow.new("I;16", (2000, 10), 0x8000).save(out, "PNG")
+    data, _ = reduced(out.getvalue(), "image/png", 100, 1 << 20)
+    assert Pillow.open(io.BytesIO(data)).convert("L").getextrema() == (0x80, 0x80)
+
+
+def test_the_sessions_copy_takes_the_place_of_a_large_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, copy = picture(2000, 10), picture(1500, 8)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)  # nothing is decoded here
+    blocks = shown({"image/png": large, SMALLER: copy, "text/plain": "<Figure>"}).for_model()
+    assert blocks == [{"type": "image", "data": base64.b64encode(copy).decode(), "mimeType": "image/png"}]
+    assert "display it smaller" in text(shown({"image/png": large, SMALLER: copy}), OutputPolicy(image_side=1000))
+    blocks = shown({"image/png": PNG, SMALLER: copy}).for_model()
+    assert blocks == [{"type": "image", "data": base64.b64encode(PNG).decode(), "mimeType": "image/png"}]
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [b"", b"x" * 100, picture(1500, 8, "GIF"), claimed(100_000, 10), picture(3, 3) + bytes(1 << 20), "text", {"a": 1}],
+    ids=["nothing", "no image", "another kind", "too many pixels", "too many bytes", "text", "json"],
+)
+def test_a_copy_that_lies_is_not_taken(copy: Any) -> None:
+    assert "left out" in text(shown({"image/png": picture(2000, 10), SMALLER: copy}))
 
 
 def test_without_pillow_a_large_image_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,6 +572,25 @@ async def test_a_frame_and_a_plot_of_a_session_are_a_table_and_an_image(executor
     assert "[1000 rows x 1 columns]" in result.text
     result = await executor.execute("import matplotlib.pyplot as plt\nplt.plot([1, 2]);")
     assert [block["type"] for block in result.for_model()] == ["image"]
+
+
+@pytest.mark.anyio
+async def test_a_large_plot_is_made_smaller_by_the_session(
+    executor: CodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    result = await executor.execute("import matplotlib.pyplot as plt\nplt.figure(dpi=400)\nplt.plot([1, 2]);")
+    (block,) = result.for_model()
+    assert block["type"] == "image"
+    size = size_of(base64.b64decode(block["data"]), block["mimeType"])
+    assert size is not None
+    assert max(size) == 1568
+    whole = size_of(result.images[0].data, "image/png")
+    assert whole is not None
+    assert max(whole) > 1568
+    assert SMALLER in result.outputs[-1].data
+    made = executor.notebook()["cells"][-1]["outputs"][-1]["data"]
+    assert made.keys() == {"image/png", "text/plain"}
 
 
 @pytest.mark.anyio

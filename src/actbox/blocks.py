@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from actbox.errors import InvalidArgument
 from actbox.files import looks_like
 from actbox.outputs import Output, image_types
-from actbox.pictures import NotReduced, reduced, size_of
+from actbox.pictures import SMALLER, NotReduced, reduced, size_of
 from actbox.readable import is_placeholder, plain, text_of
 
 if TYPE_CHECKING:
@@ -76,9 +76,11 @@ class OutputPolicy:
         images: how many images; later ones are named. Default 4.
         image_bytes: of one image, before it is base64. Default 1 MiB.
         image_side: pixels of an image's longer side. Default 1568: larger ones providers make smaller
-            themselves.
-        downscale: whether Pillow (`actbox[images]`) may decode an image that is larger, to make it smaller. Off, it is
-            left out. Image decoders are attacked with images; this one would run in the host's process.
+            themselves. Of an image that is larger than these two by default the session itself makes a smaller copy, if
+            it has Pillow (matplotlib brings it), and the model gets that.
+        downscale: whether Pillow (`actbox[images]`) may decode an image on the host to make it smaller, where there is
+            no copy that is small enough. Off, it is left out, and a line says so. Image decoders are attacked with
+            images; this one would run in the host's process.
         spill: whether text that is left out is kept in a file that the session can read. Default True.
 
     Budgets are 0, for nothing but a line that names the output, or at least 100.
@@ -239,7 +241,7 @@ class _Document:
     def display(self, data: Mapping[str, Any]) -> None:
         """Append a display: its image, if it has one, and the text that tells most."""
         image = next(iter(image_types(data)), None)
-        shown = image is not None and self._picture(*image)
+        shown = image is not None and self._picture(*image, data.get(SMALLER))
         found = text_of(data)
         if found is not None:
             mime, text = found
@@ -248,21 +250,19 @@ class _Document:
         elif image is None and not data.keys() <= _SILENT:
             self.say(f"{', '.join(sorted(map(plain, data)))[:_MAX_NAMES]}: left out, there is no text in it")
 
-    def _picture(self, mime: str, data: bytes) -> bool:
-        """Take in an image, or say why not; returns whether it was."""
+    def _picture(self, mime: str, data: bytes, smaller: object) -> bool:
+        """Take in an image, or the session's smaller copy of it, or say why not; returns whether it was."""
         what = f"{mime}, {len(data):,} bytes"
         try:
             if mime not in _IMAGES:
-                raise NotReduced("models take no such images")
+                raise NotReduced("models take no such images; display a PNG")
             if not looks_like(data, mime) or (size := size_of(data, mime)) is None:
                 raise NotReduced("it is not what it claims to be")
             what = f"{mime}, {size[0]}x{size[1]} pixels, {len(data):,} bytes"
             if self._images >= self._policy.images:
-                raise NotReduced(f"there were {self._images} images before it")
-            if max(size) > self._policy.image_side or len(data) > self._policy.image_bytes:
-                if not self._policy.downscale:
-                    raise NotReduced("it is too large, and nothing is decoded without OutputPolicy(downscale=True)")
-                data, mime = reduced(data, mime, self._policy.image_side, self._policy.image_bytes)
+                raise NotReduced(f"no more than {self._policy.images} are shown")
+            if not self._fits(size, data):
+                data, mime = self._small_enough(data, mime, smaller)
         except NotReduced as exc:
             self.say(f"{what}: left out, {exc}")
             return False
@@ -270,6 +270,21 @@ class _Document:
         block = ImageBlock(type="image", data=base64.b64encode(data).decode("ascii"), mimeType=mime)
         self._items.append(_Picture(self._length, block))
         return True
+
+    def _fits(self, size: tuple[int, int], data: bytes) -> bool:
+        return max(size) <= self._policy.image_side and len(data) <= self._policy.image_bytes
+
+    def _small_enough(self, data: bytes, mime: str, smaller: object) -> tuple[bytes, str]:
+        """A large image within the bounds, as (bytes, MIME type). Of the copy, too, no more than the header is read."""
+        if isinstance(smaller, bytes):
+            for kind in ("image/png", "image/jpeg"):
+                size = size_of(smaller, kind) if looks_like(smaller, kind) else None
+                if size is not None and self._fits(size, smaller):
+                    return smaller, kind
+        if self._policy.downscale:
+            return reduced(data, mime, self._policy.image_side, self._policy.image_bytes)
+        side, most = self._policy.image_side, self._policy.image_bytes
+        raise NotReduced(f"it is more than {side} pixels a side or {most:,} bytes; display it smaller")
 
     def blocks(self, keep_text: Callable[[str], str | None] | None) -> list[Block]:
         """What the model gets."""

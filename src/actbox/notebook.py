@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from actbox.events import Ended, Failed, Finished
 from actbox.history import Marker, outcome_name, state_kept
+from actbox.pictures import SMALLER
 from actbox.readable import TABLE
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ __all__ = ["make_notebook", "notebook_bytes"]
 # Those whose content is JSON as it stands; all others are text, or base64 of it.
 _JSON = re.compile(r"application/(?:.*\+)?json")
 _TEXT = ("text/", "image/svg+xml", "application/javascript", "application/xml")
+# For models; no program that reads notebooks knows them.
+_OURS = (TABLE, SMALLER)
 # Levels of a guest's JSON; programs that read notebooks recurse.
 _MAX_DEPTH = 100
 
@@ -126,7 +129,7 @@ def _output(output: Output) -> dict[str, Any]:
             trace = _text(output.trace or f"{name}: {value}").split("\n")
             return {"output_type": "error", "ename": name, "evalue": value, "traceback": trace}
         case kind:
-            data = {_text(mime): _content(mime, value) for mime, value in output.data.items() if mime != TABLE}
+            data = {_text(mime): _content(mime, value) for mime, value in output.data.items() if mime not in _OURS}
             made: dict[str, Any] = {"output_type": kind, "data": data, "metadata": _json(output.metadata)}
             if kind == "execute_result":
                 made["execution_count"] = max(0, output.execution_count or 0)

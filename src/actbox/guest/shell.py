@@ -31,7 +31,7 @@ from IPython.core.page import as_hook, display_page
 from traitlets import Any as AnyTrait
 from traitlets import Instance, Type
 
-from . import tables
+from . import pictures, tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -77,8 +77,14 @@ class _Outputs:
             self.channel.send(header, payload)
 
     def bundle(self, kind: str, data: dict[str, Any], metadata: dict[str, Any] | None, extra: dict[str, Any]) -> None:
-        """One display as a frame; beyond MAX_BUNDLE formats are left out, the largest first, and counted."""
+        """One display as a frame; a large image gets a smaller copy.
+
+        Beyond MAX_BUNDLE formats are left out, the largest first, and counted.
+        """
         parts = [(str(mime)[:200], *_as_bytes(str(mime), value)) for mime, value in data.items()]
+        copy = pictures.copy_of(parts)
+        if copy is not None:
+            parts.append((pictures.MIME, "binary", copy))
         left_out = len(parts) - MAX_PARTS
         del parts[MAX_PARTS:]
         left_out = max(0, left_out)
