@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 settings.register_profile("actbox", deadline=None)
 settings.load_profile("actbox")
 
-pytest_plugins = ["branches", "case_table"]
+pytest_plugins = ["branches", "case_table", "commands"]
 
 _numbers = itertools.count(1)
 # What is in these is what a kernel and its stream do. Neither the folders that root shows by mounts of its own, nor the

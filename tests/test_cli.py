@@ -1,4 +1,4 @@
-"""The command line, run as people run it: as a process, on the real engine, in a pipe and at a terminal."""
+"""`actbox run` on the real engine, in a pipe and at a terminal: what it shows, how it ends, and what drives nothing."""
 
 from __future__ import annotations
 
@@ -6,172 +6,29 @@ import base64
 import contextlib
 import json
 import os
-import pty
 import re
 import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sandboxes import sandboxed
+from commands import BOUND, COMMAND, NEITHER, PNG, SAID, SHOW_IMAGE, all_end, one_engine
 
-import actbox.cli
-from actbox import EnvironmentBuildError, Layer, SandboxUnavailable, __version__
+from actbox import SandboxUnavailable, __version__
 from actbox.cli import ExitCode, main
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
 
-    Cli = Callable[..., subprocess.CompletedProcess[str]]
+    from commands import Cli, Running
 
-COMMAND = [sys.executable, "-m", "actbox"]
-# Who runs the tests may ignore SIGINT, as a shell's background job does, and that would be inherited. With a terminal,
-# it becomes the one that Ctrl-C is sent by.
-BEGIN = """
-import fcntl, os, signal, sys, termios
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-if os.isatty(0):
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.executable, [sys.executable, "-m", "actbox", *sys.argv[1:]])
-"""
-BOUND = 15.0
-# For tests of what happens on this side alone, whichever engine is on the other.
-one_engine = pytest.mark.engines("bubblewrap")
 TITLE_CLEAR_CLIPBOARD = "\x1b]0;title\x07 \x1b[2J \x1b]52;c;ZXZpbA==\x07"
 HOSTILE = f"{TITLE_CLEAR_CLIPBOARD} \x1b]8;;http://e\x07 \x1b[6n \x9b31m \u202eback \x1b[31mred one\rtwo"
 # The last, since it reaches to the end of its line.
 UNENDED = "\x90q"
-
-
-@pytest.fixture
-def environ(default_engine: str) -> dict[str, str]:
-    return {
-        **{name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "ACTBOX_BWRAP")},
-        "TERM": "xterm",
-        # The terminals of these tests do not answer when asked where the cursor is.
-        "PROMPT_TOOLKIT_NO_CPR": "1",
-        "PYTHONWARNINGS": "error::ResourceWarning",
-    }
-
-
-def run(
-    *arguments: str, workspace: Path, environ: dict[str, str], stdin: str = "", cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    where = [] if arguments[0] in ("doctor", "build") else ["--workspace", str(workspace)]
-    return subprocess.run(
-        [*COMMAND, arguments[0], *where, *arguments[1:]],
-        input=stdin,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=BOUND,
-        check=False,
-        env=environ,
-        cwd=cwd,
-    )
-
-
-@pytest.fixture
-def cli(workspace_path: Path, environ: dict[str, str]) -> Cli:
-    def call(*arguments: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
-        return run(*arguments, workspace=workspace_path, environ={**environ, **more}, stdin=stdin)
-
-    return call
-
-
-class Running:
-    """A command that runs, whose output is read as it comes; at a terminal of its own if `terminal`."""
-
-    def __init__(self, arguments: Sequence[str], environ: dict[str, str], *, terminal: bool) -> None:
-        self.reading, child = pty.openpty() if terminal else os.pipe()
-        self._stdin = -1 if terminal else os.open(os.devnull, os.O_RDONLY)
-        stdin = child if terminal else self._stdin
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", BEGIN, *arguments],
-            stdin=stdin,
-            stdout=child,
-            stderr=child,
-            start_new_session=True,
-            env=environ,
-        )
-        os.close(child)
-        self.output = b""
-        self._seen = 0
-        self._deadline = time.monotonic() + BOUND
-
-    def until(self, expected: bytes) -> bytes:
-        """Read until something comes, behind what was waited for before; what came until then."""
-        while (found := self.output.find(expected, self._seen)) < 0:
-            assert self._read(), f"the command ended before it wrote {expected!r}: {self.output!r}"
-        begin, self._seen = self._seen, found + len(expected)
-        return self.output[begin : self._seen]
-
-    def end(self) -> int:
-        """Read to the end, and the exit code."""
-        while self._read():
-            pass
-        return self.process.wait(max(0.1, self._deadline - time.monotonic()))
-
-    def _read(self) -> bool:
-        left = self._deadline - time.monotonic()
-        if left <= 0 or not select.select([self.reading], [], [], left)[0]:
-            pytest.fail(f"nothing more came: {self.output!r}")
-        try:
-            data = os.read(self.reading, 65536)
-        except OSError:  # how the end of a terminal reads
-            data = b""
-        self.output += data
-        return bool(data)
-
-    def type(self, text: str) -> None:
-        os.write(self.reading, text.encode())
-
-    def descendants(self) -> list[int]:
-        """Descriptors of all processes that it started, directly or not, and of those of its containers."""
-        return [os.pidfd_open(pid) for pid in sorted(sandboxed(self.process.pid))]
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-        self.process.wait()
-        for fd in (self.reading, self._stdin):
-            if fd >= 0:
-                os.close(fd)
-
-
-@pytest.fixture
-def begin(workspace_path: Path, environ: dict[str, str]) -> Iterator[Callable[..., Running]]:
-    """Starts a command and leaves it running."""
-    with contextlib.ExitStack() as opened:
-
-        def call(command: str, *arguments: str, terminal: bool = False, **more: str) -> Running:
-            where = ["--workspace", str(workspace_path)] if command in ("run", "repl") else []
-            running = Running([command, *where, *arguments], {**environ, **more}, terminal=terminal)
-            opened.callback(running.close)
-            return running
-
-        yield call
-
-
-def all_end(pidfds: list[int]) -> bool:
-    """Whether all these processes end, within a bound."""
-    try:
-        poller = select.poll()
-        for fd in pidfds:
-            poller.register(fd, select.POLLIN)
-        deadline = time.monotonic() + 5
-        left = set(pidfds)
-        while left and (events := poller.poll(max(0.0, deadline - time.monotonic()) * 1000)):
-            for fd, _ in events:
-                poller.unregister(fd)
-                left.discard(fd)
-        return not left
-    finally:
-        for fd in pidfds:
-            os.close(fd)
 
 
 # -- what is shown ---------------------------------------------------------------------------------------------------
@@ -218,10 +75,6 @@ def test_output_comes_as_it_is_printed(begin: Callable[..., Running]) -> None:
     running.until(b"first\n")
     running.process.send_signal(signal.SIGINT)
     assert running.end() == ExitCode.INTERRUPTED
-
-
-PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(20)).decode()
-SHOW_IMAGE = f"display({{'image/png': {PNG!r}, 'text/plain': 'a picture'}}, raw=True)"
 
 
 def test_images_are_saved_and_listed(cli: Cli, workspace_path: Path) -> None:
@@ -334,11 +187,6 @@ def test_code_that_is_not_utf8_is_refused(capfd: pytest.CaptureFixture[str], tmp
     assert capfd.readouterr().err.count("it is not UTF-8") == 2
 
 
-# A machine without either engine.
-NEITHER = {"ACTBOX_BWRAP": "/nonexistent/bwrap", "DOCKER_HOST": "unix:///nonexistent/docker.sock"}
-SAID = {"bubblewrap": "/nonexistent/bwrap", "docker": "Cannot connect to Docker Engine via unix:///nonexistent/"}
-
-
 def test_a_sandbox_that_cannot_be_built_is_8(cli: Cli, engine: str) -> None:
     done = cli("run", "-c", "print('ran')", **NEITHER)
     assert (done.returncode, done.stdout) == (ExitCode.UNAVAILABLE, "")
@@ -445,6 +293,17 @@ def test_other_signals_close_the_sandbox(begin: Callable[..., Running], number: 
     assert running.end() == code
     assert b"Traceback" not in running.output
     assert all_end(pidfds)
+
+
+def test_a_run_that_is_terminated_is_written_to_its_notebook(begin: Callable[..., Running], tmp_path: Path) -> None:
+    file = tmp_path / "out.ipynb"
+    running = begin("run", "--notebook", str(file), "-c", ENDLESS)
+    running.until(b"runs")
+    running.process.terminate()
+    assert running.end() == 143
+    (cell,) = json.loads(file.read_text("utf-8"))["cells"]
+    assert cell["source"] == ENDLESS
+    assert cell["outputs"][0]["text"].startswith("runs")
 
 
 def test_a_reader_that_stops_reading_does_not_keep_a_signal_from_working(begin: Callable[..., Running]) -> None:
@@ -655,190 +514,6 @@ def test_ctrl_c_still_gives_a_document(begin: Callable[..., Running], workspace_
     document = json.loads(running.output)
     assert (document["outcome"], document["state_kept"]) == ("interrupted", True)
     assert document["error"]["name"] == "KeyboardInterrupt"
-
-
-# -- repl ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_repl_runs_what_comes_through_a_pipe(cli: Cli) -> None:
-    done = cli("repl", stdin="x=1\nx+1\n")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "Out[2]: 2\n", "")
-
-
-@one_engine
-def test_the_repl_gathers_lines_until_they_are_complete(cli: Cli) -> None:
-    code = "for i in range(2):\n    print(i)\n\ndef f(\n  a,\n):\n  return a\n\nf(\n'x'\n)\n%%bash\necho hi\n\n"
-    code += "'''a\n\nb'''"
-    done = cli("repl", stdin=code)
-    assert done.stdout == "0\n1\nOut[3]: 'x'\nhi\nOut[5]: 'a\\n\\nb'\n"
-
-
-def test_the_repl_goes_on_after_errors_and_deaths(cli: Cli) -> None:
-    done = cli("repl", stdin="x = 1\n1 / 0\nx\nif\nimport os; os._exit(3)\n'x' in globals()\n")
-    assert done.returncode == 0
-    assert done.stdout == "Out[3]: 1\nOut[1]: False\n"
-    assert "ZeroDivisionError" in done.stderr
-    assert "SyntaxError" in done.stderr
-    assert "actbox: the kernel died: exited with code 3" in done.stderr
-    assert "begins without the session's state" in done.stderr
-
-
-@one_engine
-def test_the_repl_never_runs_code_on_this_side(cli: Cli, tmp_path: Path) -> None:
-    done = cli("repl", stdin=f"!touch {tmp_path}/made\nopen('{tmp_path}/made', 'w')\nbreakpoint\n")
-    assert done.returncode == 0
-    assert not (tmp_path / "made").exists()
-
-
-@one_engine
-def test_the_repl_leaves_at_exit(cli: Cli) -> None:
-    done = cli("repl", stdin="1\nexit\n2\n")
-    assert (done.returncode, done.stdout) == (0, "Out[1]: 1\n")
-
-
-@one_engine
-def test_the_repl_bounds_cells_when_asked(cli: Cli) -> None:
-    done = cli("repl", "--timeout", "0.3", stdin="x = 5\nwhile True: pass\n\nx\n")
-    assert (done.returncode, done.stdout) == (0, "Out[3]: 5\n")
-    assert "did not end within 0.3 s" in done.stderr
-
-
-def test_the_repl_ends_with_8_where_no_sandbox_can_be_built(cli: Cli) -> None:
-    assert cli("repl", stdin="1\n", **NEITHER).returncode == ExitCode.UNAVAILABLE
-
-
-def test_the_repl_at_a_terminal_prompts_interrupts_and_leaves(begin: Callable[..., Running]) -> None:
-    running = begin("repl", terminal=True)
-    running.until(b"In [1]:")
-    running.type("6 * 7\r")
-    running.until(b"Out[1]: 42\r\n")
-    running.until(b"In [2]:")
-    # Pasted, as terminals mark it; the block is ended by an empty line.
-    running.type("\x1b[200~print('ru' + 'ns')\nwhile True: pass\x1b[201~\r\r")
-    running.until(b"runs\r\n")
-    running.type("\x03")
-    running.until(b"actbox: the cell was interrupted")
-    running.until(b"In [3]:")
-    running.type("print('a\\x1b[2Jb', end='')\r")
-    assert b"ab\r\n" in running.until(b"In [4]:")
-    running.type("abandoned\x03")
-    running.until(b"In [4]:")
-    running.type("import os; os._exit(1)\r")
-    running.until(b"actbox: the kernel died")
-    running.until(b"In [1]:")
-    running.type(f"{SHOW_IMAGE}\r")
-    running.until(b"image: ")
-    running.until(b"In [2]:")
-    running.type("\x04")
-    assert running.end() == 0
-
-
-def test_a_signal_at_the_prompt_leaves(begin: Callable[..., Running]) -> None:
-    running = begin("repl", terminal=True)
-    running.until(b"In [1]:")
-    pidfds = running.descendants()
-    running.process.terminate()
-    assert running.end() == 143
-    assert all_end(pidfds)
-
-
-# -- build and doctor ------------------------------------------------------------------------------------------------
-
-
-def test_build_passes_on_what_is_asked_for_and_shows_its_progress(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[object] = []
-
-    def build(tag: str, packages: list[str], requirements: Path, python: str, progress: Callable[[str], None]) -> None:
-        asked.extend((tag, packages, requirements, python))
-        progress("Resolved \x1b[2Jall")
-
-    monkeypatch.setattr(actbox.cli, "build_environment", build)
-    assert main(["build", "-t", "mine", "-r", "needs.txt", "--python", "3.12", "numpy>=2", "rich"]) == 0
-    assert asked == ["mine", ["numpy>=2", "rich"], Path("needs.txt"), "3.12"]
-    told = capfd.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("Resolved all\nactbox: the environment mine is ready")
-
-
-def test_a_build_that_fails_is_told_in_a_line(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def build(tag: str, *_: object) -> None:
-        raise EnvironmentBuildError(tag, "no such package\nbecause \x1b[2Jreasons")
-
-    monkeypatch.setattr(actbox.cli, "build_environment", build)
-    assert main(["build", "-t", "mine", "nonesuch"]) == ExitCode.UNAVAILABLE
-    assert capfd.readouterr().err == "actbox: the environment 'mine' was not built: no such package because reasons\n"
-
-
-def test_a_build_of_the_default_environment_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["build", "-t", "default"]) == ExitCode.USAGE
-    assert "choose another tag" in capfd.readouterr().err
-
-
-def test_a_build_that_is_terminated_cleans_up_after_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    cleaned: list[bool] = []
-
-    def build(*_: object) -> None:
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            pytest.fail("the signal did nothing")
-        finally:
-            cleaned.append(True)
-
-    monkeypatch.setattr(actbox.cli, "build_environment", build)
-    before = signal.getsignal(signal.SIGTERM)
-    assert main(["build", "-t", "mine"]) == 143
-    assert cleaned
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_doctor_finds_that_sandboxes_can_be_built(cli: Cli) -> None:
-    done = cli("doctor")
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith(f"actbox {__version__}  python {sys.version.split()[0]}  kernel Linux ")
-    assert re.search(r"^ok +system call filter ", done.stdout, re.MULTILINE)
-    assert done.stdout.splitlines()[-1].startswith("Sandboxes can be built on this machine")
-
-
-REMEDIES = {"bubblewrap": "Install the system's package", "docker": "Start the Docker engine"}
-
-
-def test_doctor_says_what_is_missing_and_how_to_mend_it(cli: Cli, engine: str) -> None:
-    done = cli("doctor", **NEITHER)
-    assert done.returncode == ExitCode.UNAVAILABLE
-    line = rf"^MISSING  {engine} +{SAID[engine]}.*\n {{11}}-> {REMEDIES[engine]}"
-    assert re.search(line, done.stdout, re.MULTILINE), done.stdout
-    assert done.stdout.splitlines()[-1] == f"Sandboxes cannot be built on this machine: {engine}."
-
-
-def test_doctor_as_json(cli: Cli) -> None:
-    found = json.loads(cli("doctor", "--json").stdout)
-    assert found["actbox"] == __version__
-    assert found["can_build"] is True
-    assert {"name", "state", "detail", "remedy"} == found["layers"][0].keys()
-    assert {layer["state"] for layer in found["layers"]} <= {"on", "weaker"}
-
-
-def test_doctor_shows_weaker_layers_and_hostile_details_harmlessly(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """F6."""
-
-    async def examine(*_: object, **__: object) -> list[Layer]:
-        return [Layer("fine", "on", "is\x1b[2J on"), Layer("sessions apart", "weaker", "one\neach", "Do\nthis.")]
-
-    monkeypatch.setattr(actbox.cli, "examine", examine)
-    assert main(["doctor"]) == 0
-    assert capfd.readouterr().out.splitlines()[2:] == [
-        "ok       fine            is on",
-        "weaker   sessions apart  one each",
-        "           -> Do this.",
-        "",
-        "Sandboxes can be built on this machine; weaker than it could be: sessions apart.",
-    ]
 
 
 # -- the rest --------------------------------------------------------------------------------------------------------
