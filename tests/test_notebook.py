@@ -179,6 +179,13 @@ def test_a_cell_that_is_too_large_is_kept_without_its_outputs() -> None:
     assert "not in the record" in checked(notebook_of(large))["cells"][0]["outputs"][0]["text"]
 
 
+def test_what_happens_without_cells_is_bounded_too() -> None:
+    history = History(1 << 20)
+    for _ in range(MAX_CELLS + 5):
+        history.mark("Here something happened.")
+    assert len(history.entries()) == MAX_CELLS
+
+
 def test_a_record_can_be_refused(tmp_path: Path) -> None:
     history = History(0)
     remember(history, "x")
@@ -254,6 +261,17 @@ async def test_a_session_is_a_notebook_that_tells_what_happened(executor: CodeEx
 def as_html(notebook: Any) -> str:
     with warnings.catch_warnings(action="ignore"):  # nbconvert's own
         return HTMLExporter().from_notebook_node(notebook)[0]  # pyright: ignore[reportUnknownMemberType]
+
+
+@pytest.mark.anyio
+async def test_a_restored_session_says_where_its_variables_are_from(executor: CodeExecutor, tmp_path: Path) -> None:
+    await executor.execute("kept = 1")
+    await executor.save(tmp_path / "state")
+    await executor.restore(tmp_path / "state")
+    await executor.execute("kept")
+    first, marker, last = checked(executor.notebook())["cells"]
+    assert [first["source"], last["source"]] == ["kept = 1", "kept"]
+    assert "a saved session was restored" in marker["source"]
 
 
 @pytest.mark.anyio

@@ -390,6 +390,46 @@ def test_a_shared_skill_comes_before_a_private_one_as_it_is_imported(workspace: 
     assert [skill.scope for skill in workspace.skills("key")] == ["shared", "private"]
 
 
+def test_files_at_the_top_of_a_skill_that_cannot_be_imported_are_named(workspace: Workspace, private: Path) -> None:
+    agent(private / "pdf-work")
+    write(private / "pdf-work" / "fill.py", "z = 3\n")
+    assert workspace.skill_sources(["pdf-work"], "key").endswith(
+        "Other files in /app/skills/private/key/pdf-work:\n- fill.py"
+    )
+
+
+@pytest.mark.parametrize("name", ["My Skill", "a--b", "with.dots", "v1.2", "é-x", "UP-er", "-", "`"])
+def test_whatever_is_listed_has_sources(workspace: Workspace, private: Path, name: str) -> None:
+    agent(private / name)
+    assert workspace.skill_sources([skill.name for skill in workspace.skills("key")], "key") == (
+        f"## Skill `{name}`, in /app/skills/private/key/{name}\n\nThe body."
+    )
+
+
+def test_a_skill_that_cannot_be_read_keeps_no_other_from_the_prompt(workspace: Workspace, private: Path) -> None:
+    agent(private / "good")
+    (private / "bad" / "SKILL.md").mkdir(parents=True)
+    text = workspace.skill_sources([skill.name for skill in workspace.skills("key")], "key")
+    assert "Its SKILL.md cannot be read." in text
+    assert text.endswith("The body.")
+
+
+def test_a_skill_is_found_behind_more_files_than_are_named(workspace: Workspace, private: Path) -> None:
+    agent(private / "skill")
+    for number in range(room.MAX_FILES + 1):
+        write(private / "skill" / f"0{number:04}.txt")
+    text = workspace.skill_sources(["skill"], "key")
+    assert "The body." in text
+    assert text.endswith(f"[no more than {room.MAX_FILES} files are named]")
+
+
+def test_what_stands_before_yaml_that_is_not_read_is_kept(workspace: Workspace, private: Path) -> None:
+    agent(private / "skill", more='license: MIT\nmetadata:\n  vendor:\n    emoji: "x"\n')
+    skill = only(workspace)
+    assert (skill.description, skill.license, skill.metadata) == ("What it does.", "MIT", {})
+    assert kinds(workspace) == ["frontmatter"]
+
+
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../x", "a/b", "a..b", ".hidden", "a.", "/etc/passwd", "x\0", "none", 1]
 )
@@ -438,6 +478,20 @@ async def test_a_session_cannot_show_the_hosts_files_as_skills(executor: CodeExe
     )
     mine = [skill for skill in await executor.skills() if skill.scope == "private"]
     assert [(skill.name, skill.description, skill.problems[0].kind) for skill in mine] == [("skill", "", "file")]
-    for name in ("stolen", "folder.secret", "skill"):
+    for name in ("stolen", "folder.secret"):
         with pytest.raises(InvalidArgument):
             await executor.skill_sources([name])
+    assert (await executor.skill_sources(["skill"])).endswith("Its SKILL.md cannot be read.")
+
+
+@pytest.mark.anyio
+async def test_the_skills_of_a_branch_are_those_that_it_imports(executor: CodeExecutor, key: str) -> None:
+    await executor.execute("open('mine.py', 'w').write('x = 1')")
+    for files, inside in (("shared", f"/app/skills/private/{key}/mine.py"), ("copy", "/.branches/")):
+        async with await executor.fork(f"{key}-{files}", files=files) as branch:  # pyright: ignore[reportArgumentType]
+            await branch.execute(f"open('mine.py', 'w').write(\"x = {files!r}\")\nimport mine")
+            assert (await branch.execute("mine.__file__")).text == repr((await branch.skills())[-1].inside)
+            (skill,) = (skill for skill in await branch.skills() if skill.scope == "private")
+            assert inside in skill.inside
+            assert f"x = {files!r}" in await branch.skill_sources(["mine"])
+    assert "x = 'shared'" in await executor.skill_sources(["mine"])

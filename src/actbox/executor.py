@@ -23,6 +23,7 @@ from actbox.kept_files import KeptFiles, keep_folder, put_back
 from actbox.logger import Logger
 from actbox.notebook import make_notebook, notebook_bytes
 from actbox.outputs import strip_ansi
+from actbox.skills import find_skills, skill_sources
 from actbox.spec import DEFAULT_TAG, MIB, Bind, bind_target, check_key
 from actbox.work_folder import WorkFolder
 from actbox.workspace import Workspace
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from actbox.checkpoint import Checkpoint
     from actbox.egress import Record
     from actbox.network import Network
-    from actbox.skills import Skill
+    from actbox.saving import SessionState
+    from actbox.skills import Skill, SkillFolder
     from actbox.spec import Limits
 
 __all__ = [
@@ -222,6 +224,7 @@ class CodeExecutor(ExecutionClient):
         """See `ExecutionClient.make_branch`."""
         made = super().make_branch(of)
         made._history = self._history.branch()  # noqa: SLF001 - one of its own kind
+        made._history.mark("Here the session was forked: the cells above ran in the one that it comes from.")  # noqa: SLF001
         return made
 
     def fresh_place(self) -> WorkFolder:
@@ -275,6 +278,14 @@ class CodeExecutor(ExecutionClient):
         """
         return await super().rollback(name, timeout=timeout)
 
+    async def restore(self, path: str | Path, timeout: float = 120) -> SessionState:
+        """See `ExecutionClient.restore`."""
+        state = await super().restore(path, timeout)
+        self._history.mark(
+            "Here a saved session was restored: its variables are there without the cells that made them."
+        )
+        return state
+
     def note_rollback(self, checkpoint: Checkpoint) -> None:
         """See `ExecutionClient.note_rollback`."""
         self._history.mark(f"Here the session went back to its state after cell {checkpoint.cell}.")
@@ -318,12 +329,18 @@ class CodeExecutor(ExecutionClient):
         return self._images.save(data, mime_type)
 
     async def skills(self) -> list[Skill]:
-        """The skills that this session can use; see `Workspace.skills`."""
-        return await asyncio.to_thread(self._workspace.skills, self._key)
+        """The skills that this session can use, of the folder that it works in; see `Workspace.skills`."""
+        return await asyncio.to_thread(
+            lambda: [skill for folder in self._skill_folders() for skill in find_skills(folder)]
+        )
 
     async def skill_sources(self, names: Iterable[str]) -> str:
         """Skills of this session as Markdown for a prompt; see `Workspace.skill_sources`."""
-        return await asyncio.to_thread(self._workspace.skill_sources, names, self._key)
+        wanted = [names] if isinstance(names, str) else list(names)
+        return await asyncio.to_thread(lambda: skill_sources(self._skill_folders(), wanted))
+
+    def _skill_folders(self) -> list[SkillFolder]:
+        return self._workspace.skill_folders(*self._folder.below)
 
     async def submit(self, code: str) -> Execution:
         """See `ExecutionClient.submit`."""
@@ -336,7 +353,9 @@ class CodeExecutor(ExecutionClient):
 
         Every cell that was submitted is there with its outputs; its metadata tell how it ended (`actbox`) and when it
         ran (`execution`). A cell that ended badly has an error output that says how, and a line stands where the kernel
-        was a fresh one. What went beyond `history` is said to be missing.
+        was a fresh one, the session went back to a checkpoint, was forked (the cells before that are those of the one
+        it comes from), or a saved one was restored (whose cells are not known). What went beyond `history` is said to
+        be missing. Values given by `set`, and files, are no cells.
         """
         cells = self._history.entries()
         return make_notebook(cells, forgotten=self._history.forgotten, key=self._key, version=version("actbox"))

@@ -31,10 +31,13 @@ _FOREIGN = tuple("&*!%@`|>{}[],?")
 
 
 class Malformed(ValueError):
-    """A head that is not such YAML: `line`, from 1 at the first `---`, and why."""
+    """A head that is not such YAML: `line`, from 1 at the first `---`, and why; `fields`, those that end before it."""
+
+    fields: dict[str, Value]
 
     def __init__(self, line: int, why: str) -> None:
         self.line = line
+        self.fields = {}
         super().__init__(f"line {line}: {why}")
 
 
@@ -67,13 +70,17 @@ class _Reader:
 
     def fields(self) -> dict[str, Value]:
         found: dict[str, Value] = {}
-        while self._skip_blank():
-            if self._indent():
-                raise self._wrong("a field begins at the start of its line")
-            name, rest = self._key(self._lines[self._at])
-            if name in found:
-                raise self._wrong(f"the field {name!r} is there twice")
-            found[name] = self._value(rest)
+        try:
+            while self._skip_blank():
+                if self._indent():
+                    raise self._wrong("a field begins at the start of its line")
+                name, rest = self._key(self._lines[self._at])
+                if name in found:
+                    raise self._wrong(f"the field {name!r} is there twice")
+                found[name] = self._value(rest)
+        except Malformed as exc:
+            exc.fields = found
+            raise
         return found
 
     def _skip_blank(self) -> bool:

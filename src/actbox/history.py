@@ -71,6 +71,7 @@ class History:
     def mark(self, text: str) -> None:
         """Something happened just now: before the cells that wait."""
         if self._limit:
+            self._settle()
             ran = sum(1 for item in self._open if isinstance(item, Marker) or item.outcome or item.started)
             self._open.insert(ran, Marker(text))
 

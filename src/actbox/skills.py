@@ -62,8 +62,8 @@ class SkillProblem:
     """What is wrong with a skill.
 
     `kind` is the field of the Agent Skills specification whose rule is broken; "frontmatter" if the head is missing or
-    is not YAML that is read here; "field" for a field that the specification does not have; "file" if a file cannot be
-    read; "size" if it is longer than what is read of it.
+    is not YAML that is read here (what stands before that line is read all the same); "field" for a field that the
+    specification does not have; "file" if a file cannot be read; "size" if it is longer than what is read of it.
     """
 
     kind: Kind
@@ -197,6 +197,7 @@ def _with_head(skill: Skill, folder: int) -> Skill:
                 fields = frontmatter.parse(head)
             except frontmatter.Malformed as exc:
                 problems.append(SkillProblem("frontmatter", _clean(str(exc))))
+                fields = exc.fields
             else:
                 problems += _violations(fields, skill.name)
     described = fields.get("description")
@@ -262,15 +263,26 @@ def skill_sources(folders: list[SkillFolder], names: list[str]) -> str:
 
 def _sources(folders: list[SkillFolder], name: str) -> list[str]:
     """The texts of one skill: of the first folder that has it, as an import would find it."""
-    parts = name.split(".") if isinstance(name, str) else [""]
-    hyphened = len(parts) == 1 and _NAME.fullmatch(parts[0])
-    if hyphened or all(part.isidentifier() for part in parts):
+    parts = _parts(name)
+    if parts:
         for where in folders:
             with where.open() as folder, contextlib.suppress(OSError, places.Refused):
-                found = _of_folder(where, folder, parts) or _of_module(where, folder, parts)
+                # A folder may have dots in its name, too.
+                found = _of_folder(where, folder, [name]) if len(parts) > 1 else None
+                found = found or _of_folder(where, folder, parts) or _of_module(where, folder, parts)
                 if found:
                     return found
     raise InvalidArgument("names", name, "there is no such skill, or it cannot be read; see Workspace.skills")
+
+
+def _parts(name: object) -> list[str]:
+    """A name as the components of a path: a module's are divided by dots, any other is a folder's."""
+    if not isinstance(name, str):
+        return []
+    parts = name.split(".")
+    if all(part.isidentifier() for part in parts):
+        return parts
+    return [name] if name.isprintable() and "/" not in name and not name.startswith(".") and name else []
 
 
 def _of_folder(where: SkillFolder, top: int, parts: list[str]) -> list[str] | None:
@@ -284,25 +296,32 @@ def _of_folder(where: SkillFolder, top: int, parts: list[str]) -> list[str] | No
         files = _Look().below(folder)
         inside = "/".join([where.inside, *parts])
         found: list[str] = []
-        if "SKILL.md" in files:
+        told: set[str] = set()
+        if "SKILL.md" in files or _is_there(folder, "SKILL.md"):
             text = _whole(folder, "SKILL.md")
-            if text is not None:
-                found.append(f"## Skill `{'.'.join(parts)}`, in {inside}\n\n{frontmatter.split(text)[1].strip()}")
+            told.add("SKILL.md")
+            body = "Its SKILL.md cannot be read." if text is None else frontmatter.split(text)[1].strip()
+            found.append(f"## Skill `{'.'.join(parts)}`, in {inside}\n\n{body}")
         importable = all(part.isidentifier() for part in parts)
         for file in [file for file in files if importable and file.endswith(".py") and "/" not in file]:
             module = ".".join(parts) + ("" if file == "__init__.py" else f".{file.removesuffix('.py')}")
             text = _whole(folder, file)
+            told.add(file)
             if text:
                 found.append(_listing(module, f"{inside}/{file}", text))
-        others = [file for file in files if file != "SKILL.md" and not ("/" not in file and file.endswith(".py"))]
+        others = [f"- {file}" for file in files if file not in told]
+        if len(files) == MAX_FILES:
+            others.append(f"[no more than {MAX_FILES} files are named]")
         if found and others:
-            found.append("\n".join([f"Other files in {inside}:", *(f"- {file}" for file in others)]))
+            found.append("\n".join([f"Other files in {inside}:", *others]))
         if not found and any(file.endswith(".py") and "/" not in file for file in files):
             found.append(f"## Package `{'.'.join(parts)}`, in {inside}\n\nIts modules are empty.")
         return found or None
 
 
 def _of_module(where: SkillFolder, top: int, parts: list[str]) -> list[str] | None:
+    if not parts[-1].isidentifier():
+        return None
     with contextlib.ExitStack() as stack:
         folder = top
         for part in parts[:-1]:

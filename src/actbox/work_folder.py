@@ -27,17 +27,18 @@ class WorkFolder:
         key: whose it is.
         copy: the name of a branch's copy; None for the key's own.
 
-    State: `texts`, long texts that are put there for the session; `_users`, how many work there.
+    State: `below`, the names that lead there; `texts`, long texts that are put there for the session; `_users`, how
+    many work there.
     """
 
     def __init__(self, private: Path, inside: str, key: str, copy: str | None = None) -> None:
         self.key = key
         self._private = private
-        self._below = (key,) if copy is None else (key, BRANCHES, copy)
+        self.below = (key,) if copy is None else (key, BRANCHES, copy)
         self._is_copy = copy is not None
         self._users = 0
-        self.path = private.joinpath(*self._below)
-        self.inside = "/".join((inside, *self._below))
+        self.path = private.joinpath(*self.below)
+        self.inside = "/".join((inside, *self.below))
         self.texts = TextFolder(self.path)
 
     def join(self) -> None:
@@ -50,6 +51,6 @@ class WorkFolder:
         if self._users or not self._is_copy:
             return
         try:
-            await in_thread(remove_folder, self._private, *self._below)
+            await in_thread(remove_folder, self._private, *self.below)
         except (WorkspaceError, OSError) as exc:
             logger.warning("the folder of a branch was not removed: %s", exc)

@@ -107,7 +107,7 @@ class Workspace:
             InvalidKey: the key cannot be used; nothing was looked at.
             WorkspaceError: a folder of skills is a symbolic link or out of reach. One that is missing has none.
         """
-        return [skill for folder in self._skill_folders(key) for skill in find_skills(folder)]
+        return [skill for folder in self.skill_folders(key) for skill in find_skills(folder)]
 
     def skill_sources(self, names: Iterable[str], key: str | None = None) -> str:
         """Skills as Markdown for a prompt: the text of a SKILL.md, the source of modules and packages, in this order.
@@ -121,13 +121,13 @@ class Workspace:
             InvalidKey, WorkspaceError: as of `skills`.
         """
         wanted = [names] if isinstance(names, str) else list(names)
-        return skill_sources(self._skill_folders(key), wanted)
+        return skill_sources(self.skill_folders(key), wanted)
 
-    def _skill_folders(self, key: str | None) -> list[SkillFolder]:
-        """Those that are there, in the order in which imports look at them."""
+    def skill_folders(self, key: str | None, *below: str) -> list[SkillFolder]:
+        """The folders of skills that are there, in the order of imports; `below` leads on from that of the key."""
         folders = [SkillFolder(self._path, ("skills", "shared"), "shared")]
         if key is not None:
-            folders.append(SkillFolder(self._path, ("skills", "private", check_key(key)), "private"))
+            folders.append(SkillFolder(self._path, ("skills", "private", check_key(key), *below), "private"))
         return [folder for folder in folders if os.path.lexists(self._path.joinpath(*folder.below))]
 
     def __repr__(self) -> str:
