@@ -16,6 +16,7 @@ import pytest
 import sandboxes
 from connections import BY_THE_PORT, SECONDS
 from hypothesis import settings
+from talking import BY_THE_PORT
 
 from actbox import (
     ActboxError,
@@ -145,6 +146,24 @@ def key() -> str:
 async def executor(container: CodeExecutionContainer, key: str) -> AsyncIterator[CodeExecutor]:
     """A fresh session in the shared container."""
     async with CodeExecutor(key, container.workspace, container.port) as made:
+        yield made
+
+
+@pytest.fixture
+def grace() -> float:
+    """Seconds that a `client` gives an interrupted cell."""
+    return 0.3
+
+
+@pytest.fixture(params=["here", "by the port"])
+async def client(
+    request: pytest.FixtureRequest, container: CodeExecutionContainer, key: str, grace: float
+) -> AsyncIterator[CodeExecutor]:
+    """An executor that kills soon what does not heed an interrupt; by its own socket, and through the gateway."""
+    by_the_port = request.param == "by the port"
+    options: dict[str, Any] = {"token": container.token} if by_the_port else {}
+    host = BY_THE_PORT if by_the_port else "localhost"
+    async with CodeExecutor(key, container.workspace, container.port, host, interrupt_grace=grace, **options) as made:
         yield made
 
 

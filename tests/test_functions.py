@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime as dt
+import functools
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
+from talking import SECONDS, error_of, text_of, until
 
 from actbox import (
     Allow,
@@ -34,14 +36,12 @@ from actbox import (
 from actbox.clock import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Generator
+    from collections.abc import Generator
 
-    MakeExecutor = Callable[[], contextlib.AbstractAsyncContextManager[CodeExecutor]]
+    from talking import MakeExecutor
 
 pytestmark = pytest.mark.anyio
 
-SECONDS = 10.0
-BY_THE_PORT = "127.1"
 EXAMPLE = Path(__file__).parent.parent / "examples" / "functions.py"
 
 # What a hostile kernel sends: calls that no function of the guest's has made.
@@ -70,28 +70,10 @@ async def echo(value: Any) -> Any:
     return value
 
 
-@pytest.fixture(params=["here", "by the port"])
-async def client(
-    request: pytest.FixtureRequest, container: CodeExecutionContainer, key: str
-) -> AsyncIterator[CodeExecutor]:
-    """An executor that kills soon what does not heed an interrupt; by its own socket, and through the gateway."""
-    by_the_port = request.param == "by the port"
-    options: dict[str, Any] = {"token": container.token} if by_the_port else {}
-    host = BY_THE_PORT if by_the_port else "localhost"
-    async with CodeExecutor(key, container.workspace, container.port, host, interrupt_grace=1, **options) as made:
-        yield made
-
-
-async def text_of(executor: CodeExecutor, code: str) -> str | None:
-    return (await executor.execute(code, timeout=SECONDS)).text
-
-
-async def error_of(executor: CodeExecutor, code: str) -> str:
-    with pytest.raises(ExecutionError) as caught:
-        await executor.execute(code, timeout=SECONDS)
-    assert caught.value.state_kept
-    assert "/actbox/src" not in str(caught.value.trace)
-    return f"{caught.value.name}: {caught.value.value}"
+@pytest.fixture
+def grace() -> float:
+    """Seconds: an interrupt is heeded here however busy the machine is."""
+    return 1.0
 
 
 @contextlib.contextmanager
@@ -164,6 +146,71 @@ async def test_arguments_and_results_are_checked_by_their_annotations(executor: 
     told = await error_of(executor, "lies()")
     assert told == "TypeError: the result of lies() is not what can be returned: Input should be a valid integer"
     assert (await error_of(executor, "odd()")).startswith("TypeError: the result of odd()")
+
+
+def _confused(value: object) -> object:
+    raise LookupError(f"a secret about {value}")
+
+
+async def test_a_check_of_the_hosts_own_that_fails_is_told_at_once(executor: CodeExecutor) -> None:
+    confused = Annotated[int, BeforeValidator(_confused)]
+
+    def takes(value: int) -> None:
+        pytest.fail("called")
+
+    def gives() -> int:
+        return 1
+
+    takes.__annotations__["value"] = gives.__annotations__["return"] = confused
+    executor.functions(takes, gives, echo)
+    assert await error_of(executor, "takes(1)") == "TypeError: takes(): value: LookupError while it was checked"
+    told = "TypeError: the result of gives() is not what can be returned: LookupError while it was checked"
+    assert await error_of(executor, "gives()") == told
+
+
+@pytest.mark.parametrize("depth", [300, 900, 5000])
+async def test_arguments_nested_deep_are_refused_at_once(executor: CodeExecutor, depth: int) -> None:
+    executor.functions(echo, add)
+    execution = await executor.submit(
+        f"{FORGE}text = b'[[' + b'[' * {depth} + b']' * {depth} + b'],{{}}]'\n"
+        "forge('add', values.prefix({'form': 'json', 'size': len(text), 'blobs': []}) + text, 99)\necho(1)"
+    )
+    with contextlib.suppress(ProtocolError):  # a parser that goes less deep takes it for none
+        await execution.result(SECONDS)
+        assert [call.verdict for call in execution.calls] == ["refused", "returned"]
+
+
+async def test_functions_in_the_clothes_of_others_are_called_as_what_they_are(executor: CodeExecutor) -> None:
+    class Mailbox:
+        def __init__(self, owner: str) -> None:
+            self.owner = owner
+
+        async def __call__(self, text: str) -> str:
+            return f"{self.owner}: {text}"
+
+    def later(value: int) -> Any:
+        return echo([value])
+
+    def fail(value: int) -> Any:
+        return no_such(value)
+
+    def make(size: int) -> list[int]:
+        return list(range(size))
+
+    executor.functions(later=later, send=Mailbox("me"), part=functools.partial(make, size=2))
+    assert await text_of(executor, "print(later(1), await later.aio(2), send('hi'), part())") == "[1] [2] me: hi [0, 1]"
+    assert await error_of(executor, "send(1)") == "TypeError: send(): text: Input should be a valid string"
+    assert await error_of(executor, "part(size='1')") == "TypeError: part(): size: Input should be a valid integer"
+    executor.functions(Found, fail=fail)
+    assert await text_of(executor, "print(Found('f', '2020-02-29'))") == "{'name': 'f', 'when': '2020-02-29'}"
+    assert (
+        await error_of(executor, "Found(1, '2020-02-29')") == "TypeError: Found(): name: Input should be a valid string"
+    )
+    assert await error_of(executor, "fail(1)") == "LookupError: no 1"
+
+
+async def no_such(value: Any) -> None:
+    raise LookupError(f"no {value}")
 
 
 class OwnError(Exception):
@@ -259,20 +306,27 @@ async def test_a_call_that_waits_is_interrupted_and_its_answer_is_dropped(client
 
 
 async def test_a_thread_that_outlives_its_cell_calls_no_more(executor: CodeExecutor) -> None:
-    executor.functions(add, forever=asyncio.Event().wait)
+    begun = False
+
+    async def forever() -> None:
+        nonlocal begun
+        begun = True
+        await asyncio.Event().wait()
+
+    executor.functions(add, forever, has_begun=lambda: begun)
     code = (
-        "import threading, time\ntold = []\n"
+        "import threading\ntold = []\n"
         "def work(f, wait):\n    wait()\n    try: f()\n"
         "    except Exception as e: told.append(f'{type(e).__name__}: {e}')\n"
         "go = threading.Event()\n"
         "threads = [threading.Thread(target=work, args=a) for a in ((forever, int), (lambda: add(1), go.wait))]\n"
-        "for t in threads: t.start()\nwhile not told and add(1) != 3: pass\ntime.sleep(0.05)"
+        "for t in threads: t.start()\nwhile not has_begun(): pass"
     )
     await executor.execute(code, SECONDS)
     # Between the cells: a request for a variable is none.
     await executor.execute(
         "import atexit; from actbox_guest.guest import values\nold = values.encode\n"
-        "def encode(v):\n    go.set(); [t.join() for t in threads]; return old(v)\n"
+        "def encode(v):\n    threads[0].join(); go.set(); threads[1].join(); return old(v)\n"
         "values.encode = encode"
     )
     told = await executor.get("told", SECONDS)
@@ -362,7 +416,7 @@ async def test_each_call_is_approved_edited_or_denied(client: CodeExecutor) -> N
         assert await text_of(client, "print(add(1, 1), add(2), free(9))") == "2 102 11"
         for number, told in [
             (3, "TypeError: add(): first: Input should be a valid integer"),
-            (4, "TypeError: add(): missing a required argument: 'first'"),
+            (4, "TypeError: add(): it has no parameter 'other'"),
             (5, "CallRefused: add() was denied: not five"),
             (6, "CallRefused: add() was denied: it was not approved"),
             (7, "CallRefused: add() was denied: it was not approved"),
@@ -375,6 +429,27 @@ async def test_each_call_is_approved_edited_or_denied(client: CodeExecutor) -> N
     execution = await client.submit("try: add(5)\nexcept RuntimeError: pass\nfree(1)")
     await execution.result(SECONDS)
     assert [call.verdict for call in execution.calls] == ["denied", "returned"]
+
+
+async def test_who_approves_sees_all_arguments_and_may_edit_them_as_json(executor: CodeExecutor) -> None:
+    asked: list[FunctionCall] = []
+
+    def book(day: dt.date, *guests: str, room: str = "small", point: Point | None = None) -> str:
+        return f"{room} on {day:%d.%m.} for {len(guests)}, {point!r}"
+
+    def decide(call: FunctionCall) -> Allow:
+        asked.append(call)
+        return Allow({**call.arguments, "day": "2020-02-29", "point": {"x": 1}})
+
+    executor.functions(book, approve=decide)
+    told = "small on 29.02. for 2, Point(x=1.0, label='')"
+    assert await text_of(executor, "print(book('2020-01-01', 'a', 'b'))") == told
+    day = dt.date(2020, 1, 1)
+    assert asked == [FunctionCall("book", {"day": day, "guests": ("a", "b"), "room": "small", "point": None})]
+    executor.functions(book, approve=lambda _: Allow({"room": "large"}))
+    assert await error_of(executor, "book('2020-01-01')") == "TypeError: book(): missing a required argument: 'day'"
+    executor.functions(book, approve=lambda _: Allow(cast("Any", "large")))
+    assert "was denied: it was not approved" in await error_of(executor, "book('2020-01-01')")
 
 
 async def test_approval_takes_none_of_the_cells_time(client: CodeExecutor) -> None:
@@ -437,6 +512,42 @@ async def test_budgets_refuse_inside_and_on_the_outcome(client: CodeExecutor) ->
         await client.execute("for i in range(5): add(i)", SECONDS)
     assert caught.value.limit == "calls_per_session"
     assert await text_of(client, "print('goes on')") == "goes on"
+
+
+@pytest.mark.parametrize("limits", [CallLimits(per_cell=5), CallLimits(per_cell=5, in_flight=3000)], ids=repr)
+async def test_calls_that_wait_when_the_budget_is_used_up_are_no_flood(
+    executor: CodeExecutor, limits: CallLimits
+) -> None:
+    executor.functions(echo, limits=limits)
+    code = (
+        "import asyncio\nx = 1\n"
+        "got = await asyncio.gather(*(echo.aio(i) for i in range(3000)), return_exceptions=True)\n"
+        "print(got[:5], {type(each).__name__ for each in got[5:]})"
+    )
+    assert await text_of(executor, code) == "[0, 1, 2, 3, 4] {'CallBudgetExceeded'}"
+    assert await text_of(executor, "print(x)") == "1"
+
+
+async def test_calls_wait_for_those_that_nobody_waits_for_any_more(executor: CodeExecutor) -> None:
+    at_work = 0
+    go = asyncio.Event()
+
+    async def slow() -> None:
+        nonlocal at_work
+        at_work += 1
+        await go.wait()
+
+    executor.functions(slow, echo, limits=CallLimits(in_flight=2))
+    code = (
+        "import asyncio\n"
+        "try: await asyncio.wait_for(slow.aio(), 0.01)\nexcept asyncio.TimeoutError: pass\n"
+        "print(await asyncio.gather(slow.aio(), echo.aio(1), echo.aio(2)))"
+    )
+    execution = await executor.submit(code)
+    await until(lambda: at_work == 2)
+    go.set()
+    assert (await execution.result(SECONDS)).text == "[None, 1, 2]"
+    assert [call.verdict for call in execution.calls] == ["returned"] * 4
 
 
 async def test_a_clock_that_is_stopped_keeps_what_is_left() -> None:
@@ -588,12 +699,21 @@ def test_what_cannot_be_registered_is_said_and_nothing_is() -> None:
         """Annotated with what is not there."""
 
     unknown.__annotations__["value"] = "NotThere"
-    for given in (1, lambda: 1, unknown):
+
+    async def steps() -> Any:
+        yield 1
+
+    for given in (1, lambda: 1, unknown, steps):
         with pytest.raises(InvalidArgument):
             client.functions(add, cast("Any", given))
     for name in ("_x", "class", "a b"):
         with pytest.raises(InvalidArgument):
             client.functions(add, **{name: cast("Any", add)})
+    for wrong in ({"approve": True}, {"limits": {"per_cell": 1}}):
+        with pytest.raises(InvalidArgument, match=next(iter(wrong))):
+            client.functions(add, **cast("Any", wrong))
+    with pytest.raises(InvalidArgument, match="arguments"):
+        Allow(cast("Any", ["first", 1]))
     assert client._registry is None
     for wrong in ({"per_cell": -1}, {"in_flight": 0}, {"bytes": 1 << 40}, {"per_session": True}):
         with pytest.raises(InvalidArgument):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from actbox import endings, sessions
+from actbox.calls import CellCalls
 from actbox.endings import Stop, Why
 from actbox.errors import (
     ConnectionError,
@@ -23,7 +24,6 @@ from actbox.events import Died, Ended, Finished, Lost, Outcome, Overrun
 from actbox.execution import Execution, check_timeout
 from actbox.forking import DEFAULT_CHECKPOINTS, Forking
 from actbox.forks import Step
-from actbox.functions import CellCalls
 from actbox.mcp import McpServers
 from actbox.protocol import frames, messages
 from actbox.saving import Saving

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from actbox.calls import is_budget
 from actbox.events import Died, Error, Exceeded, Failed, Finished, Interrupted, Lost, Outcome, Overrun, TimedOut
-from actbox.functions import is_budget
 
 if TYPE_CHECKING:
     import asyncio

@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any, cast
 from actbox import schemas
 from actbox.errors import InvalidArgument, McpServerError, McpServerTimeout
 from actbox.execution import check_timeout
-from actbox.functions import Approve, HostFunctions, Registry, ToolError, has_bytes, not_returned
+from actbox.callee import Approve, ToolError, has_bytes, not_returned
+from actbox.calls import Registry
+from actbox.functions import HostFunctions
 from actbox.guest import values as guest_values
 from actbox.schemas import Unusable
 from actbox.shielded import finish, in_thread

@@ -20,7 +20,7 @@ import os
 import select
 import signal
 import threading
-from collections import deque
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, cast
 
 from . import mcptools, values
@@ -105,7 +105,7 @@ class Calls:
         self._running = False
         self._numbers = 0
         self._waiting: dict[int, _Waiter] = {}
-        self._queue: deque[tuple[int, str, bytes]] = deque()
+        self._queue: OrderedDict[int, tuple[str, bytes]] = OrderedDict()
         self._in_flight = 1
         self._max_bytes = 0
         self._used_up = ""
@@ -224,17 +224,16 @@ class Calls:
             if in_flight < self._in_flight:
                 self._send(waiter.number, name, payload)
             else:
-                self._queue.append((waiter.number, name, payload))
+                self._queue[waiter.number] = name, payload
 
     def _send(self, number: int, name: str, payload: bytes) -> None:
         self._channel.at_once({"type": "call", "id": number, "name": name}, payload)
 
     def _forget(self, waiter: _Waiter) -> None:
-        """Nobody waits for this answer any more."""
+        """Nobody waits for this answer any more. A call that is sent stays one at work, until the host answers."""
         with self._interrupts.held, self._lock:
-            self._waiting.pop(waiter.number, None)
-            if any(number == waiter.number for number, _, _ in self._queue):
-                self._queue = deque(call for call in self._queue if call[0] != waiter.number)
+            if self._queue.pop(waiter.number, None) is not None:
+                del self._waiting[waiter.number]
 
     # -- for the kernel ------------------------------------------------------------------------------------------
 
@@ -294,12 +293,19 @@ class Calls:
 
     def _take(self, frame: Frame) -> None:
         number = frame.header["id"]
+        hopeless: list[_Waiter] = []
         with self._lock:
             if frame.header["status"] == "budget":
                 self._used_up = frame.header["message"]
+                # To send these too would be a flood, for which the host ends the session.
+                hopeless = [self._waiting.pop(queued) for queued in self._queue]
+                self._queue.clear()
             waiter = self._waiting.pop(number, None)
             while self._queue and len(self._waiting) - len(self._queue) < self._in_flight:
-                self._send(*self._queue.popleft())
+                queued, call = self._queue.popitem(last=False)
+                self._send(queued, *call)
+        for each in hopeless:
+            each.settle(None, CallBudgetExceeded(self._used_up))
         if waiter is None:
             return
         try:
