@@ -6,18 +6,21 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import threading
+import time
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mcp
-import mcp.client.stdio as stdio_transport
 import mcp.types
 import pytest
 import uvicorn
 from mcp.server import MCPServer, Server
-from mcp.server.mcpserver import Image
+from mcp.server.mcpserver import Context, Image
 from mcp.server.mcpserver.exceptions import ToolError
 from pydantic import BaseModel
+from talking import SECONDS, error_of, text_of, until
 
 from actbox import (
     Allow,
@@ -33,6 +36,9 @@ from actbox import (
     McpServerTimeout,
     StateError,
     StateRefused,
+    calls,
+    mcp_stdio,
+    mcp_tools,
     schemas,
 )
 
@@ -41,7 +47,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-SECONDS = 10.0
 PROGRAMS = Path(sys.executable).parent
 FAKE = Path(__file__).with_name("mcp_fake.py")
 
@@ -69,6 +74,10 @@ def make_shop() -> MCPServer:
     @server.tool()
     def picture() -> Image:  # pyright: ignore[reportUnusedFunction]
         return Image(data=b"\x89PNG\0", format="png")
+
+    @server.tool(structured_output=False)
+    def much(size: int) -> str:  # pyright: ignore[reportUnusedFunction]
+        return "x" * size
 
     @server.tool(structured_output=False)
     def words(count: int = 1) -> list[str]:  # pyright: ignore[reportUnusedFunction]
@@ -104,17 +113,6 @@ def tool(name: str, schema: dict[str, Any] | None = None, **more: Any) -> mcp.ty
     return mcp.types.Tool(name=name, input_schema={"type": "object", **(schema or {})}, **more)
 
 
-async def text_of(executor: CodeExecutor, code: str) -> str | None:
-    return (await executor.execute(code, timeout=SECONDS)).text
-
-
-async def error_of(executor: CodeExecutor, code: str) -> str:
-    with pytest.raises(ExecutionError) as caught:
-        await executor.execute(code, timeout=SECONDS)
-    assert caught.value.state_kept
-    return f"{caught.value.name}: {caught.value.value}"
-
-
 def ended(pid: int) -> bool:
     """Whether there is no such process, or nothing left of it but its number."""
     try:
@@ -131,15 +129,9 @@ def pids_in(folder: Path) -> list[int]:
 
 @pytest.fixture
 def short_graces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The SDK's seconds for a server that does not end by itself, made short."""
-    for name in ("PROCESS_TERMINATION_TIMEOUT", "FORCE_KILL_TIMEOUT"):
-        monkeypatch.setattr(stdio_transport, name, 0.1)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SECONDS):
-        while not condition():  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0.01)
+    """The seconds for a server that does not end by itself, made short."""
+    for name in ("_END_SECONDS", "_TERMINATE_SECONDS"):
+        monkeypatch.setattr(mcp_stdio, name, 0.1)
 
 
 # -- using tools -----------------------------------------------------------------------------------------------------
@@ -147,7 +139,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_tools_are_functions_of_a_module_with_signatures_and_texts(executor: CodeExecutor) -> None:
     mount = await executor.mount_mcp("shop", make_shop())
-    assert mount.tools == {name: name for name in ("price", "place", "picture", "words")}
+    assert mount.tools == {name: name for name in ("price", "place", "picture", "much", "words")}
     assert mount.left_out == {}
     shown = await text_of(executor, "import mcptools.shop; help(mcptools.shop)")
     assert shown is not None
@@ -328,10 +320,10 @@ async def test_a_server_reads_a_repository_that_the_session_cannot_see(executor:
 
 
 @contextlib.asynccontextmanager
-async def serving(server: MCPServer) -> AsyncGenerator[tuple[str, uvicorn.Server]]:
+async def serving(server: MCPServer, **options: Any) -> AsyncGenerator[tuple[str, uvicorn.Server]]:
     """The server by HTTP: its URL."""
     config = uvicorn.Config(
-        server.streamable_http_app(), port=0, log_level="critical", ws="none", timeout_graceful_shutdown=1
+        server.streamable_http_app(**options), port=0, log_level="critical", ws="none", timeout_graceful_shutdown=1
     )
     web = uvicorn.Server(config)
     task = asyncio.create_task(web.serve())
@@ -344,6 +336,18 @@ async def serving(server: MCPServer) -> AsyncGenerator[tuple[str, uvicorn.Server
         await task
 
 
+async def test_a_server_by_http_may_not_say_too_much(executor: CodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_LEAST_MESSAGE", 1 << 16)
+    executor.functions(limits=CallLimits(bytes=1 << 14))
+    for plain in (True, False):  # a JSON document for an answer, and a stream of events
+        async with serving(make_shop(), json_response=plain) as (url, _):
+            await executor.mount_mcp("shop", url, timeout=SECONDS / 2)
+            await executor.execute("from mcptools.shop import much, price")
+            assert (await error_of(executor, "much(1 << 20)")).startswith("ToolError: ")
+            assert "the result is more than 16384 bytes" in await error_of(executor, "much(20_000)")
+            assert await text_of(executor, "print(price('pear'))") == "0.5"
+
+
 async def test_a_server_by_http_and_its_end(executor: CodeExecutor) -> None:
     async with serving(make_shop()) as (url, _):
         await executor.mount_mcp("shop", url, timeout=SECONDS / 2)
@@ -351,6 +355,61 @@ async def test_a_server_by_http_and_its_end(executor: CodeExecutor) -> None:
     code = "x = 1\ntry: price('pear')\nexcept (ConnectionError, RuntimeError) as e: print(type(e).__name__)"
     assert await text_of(executor, code) == "ConnectionError"
     assert await text_of(executor, "print(x)") == "1"
+
+
+# -- servers whose tools change --------------------------------------------------------------------------------------
+
+
+async def test_the_next_cell_has_the_tools_that_a_server_has_got_meanwhile(executor: CodeExecutor) -> None:
+    await executor.mount_mcp("fake", fake("plain"))
+    await executor.execute("from mcptools import fake; fake.grow(); fake.grow()")
+    code = "print([name for name in fake.__all__ if name.startswith('grown')], fake.grown_10() == fake.pid())"
+    assert await text_of(executor, code) == "['grown_10', 'grown_11'] True"
+
+
+async def test_a_server_of_the_protocol_of_2026_tells_of_its_changes_too(executor: CodeExecutor) -> None:
+    server = MCPServer("shop")
+
+    @server.tool()
+    async def change(context: Context[Any]) -> None:  # pyright: ignore[reportUnusedFunction]
+        server.remove_tool("change")
+        server.add_tool(lambda: 7, name="seven")
+        await context.notify_tools_changed()
+
+    def ask(call: FunctionCall) -> bool:
+        return call.name.endswith("change")
+
+    await executor.mount_mcp("shop", server, approve=ask)
+    assert await text_of(executor, "import mcptools.shop as s; s.change()") is None
+    assert await text_of(executor, "print(s.__all__)") == "['seven']"
+    assert "was denied" in await error_of(executor, "s.seven()")
+    execution = await executor.submit("s.change()")
+    with pytest.raises(ExecutionError):
+        await execution.result(SECONDS)
+    await executor.unmount_mcp("shop")
+    assert not [task for task in asyncio.all_tasks() if "McpServer" in repr(task)]
+
+
+async def test_a_server_that_does_not_say_what_it_has_now_keeps_nobody_waiting(
+    executor: CodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_SETTLE_SECONDS", 0.1)
+    never = asyncio.Event()
+    first = True
+
+    async def listed(*_args: Any) -> mcp.types.ListToolsResult:
+        nonlocal first
+        if not first:
+            await never.wait()
+        first = False
+        return mcp.types.ListToolsResult(tools=[tool("f")])
+
+    mount = await executor.mount_mcp("slow", Server("slow", on_list_tools=listed))
+    assert set(mount.tools) == {"f"}
+    assert executor._registry is not None
+    executor._registry.servers["slow"]._note_change()
+    for _ in range(2):
+        assert await text_of(executor, "import mcptools.slow; print(mcptools.slow.__all__)") == "['f']"
 
 
 # -- servers that fail -----------------------------------------------------------------------------------------------
@@ -370,6 +429,12 @@ async def test_what_cannot_be_mounted_says_why(executor: CodeExecutor) -> None:
     for server in (7, None, ["mcp-server-time"]):
         with pytest.raises(InvalidArgument, match="server"):
             await executor.mount_mcp("bad", server)
+    with pytest.raises(InvalidArgument, match="approve"):
+        await executor.mount_mcp("bad", make_shop(), approve=True)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(McpServerError, match="Request URL"):
+        await executor.mount_mcp("bad", "localhost:1/mcp")
+    with pytest.raises(McpServerError, match=r"It has said: no \\x1b\[31mkey\\x1b\[0m was given"):
+        await executor.mount_mcp("bad", fake("silly"))
     assert "ModuleNotFoundError" in await error_of(executor, "import mcptools")
 
 
@@ -378,6 +443,8 @@ async def test_a_server_that_dies_or_hangs_fails_the_call_and_not_the_session(ex
     await executor.execute("from mcptools import fake; x = 1")
     assert await error_of(executor, "fake.hang()") == "TimeoutError: the MCP server fake did not answer within 1 s"
     assert "no base64" in await error_of(executor, "fake.garbage()")
+    # A code that the SDK has another use for.
+    assert await error_of(executor, "fake.failed()") == "ToolError: not today"
     for _ in range(2):
         assert await error_of(executor, "fake.die()") == "ConnectionError: the MCP server fake has ended"
     await executor.mount_mcp("fake", fake("plain"))
@@ -400,6 +467,42 @@ async def test_nothing_is_left_of_a_server_when_the_client_is_closed(
 
 
 @pytest.mark.usefixtures("short_graces")
+@pytest.mark.parametrize("end", ["dies", "is unmounted"])
+async def test_the_children_of_a_server_end_with_it(executor: CodeExecutor, tmp_path: Path, end: str) -> None:
+    await executor.mount_mcp("parent", fake("parent", str(tmp_path / "pids")))
+    server, child = pids_in(tmp_path)
+    assert [ended(server), ended(child)] == [False, False]
+    if end == "dies":
+        assert "has ended" in await error_of(executor, "import mcptools.parent; mcptools.parent.die()")
+        await until(lambda: ended(server) and ended(child))
+    else:
+        await executor.unmount_mcp("parent")
+        assert [ended(server), ended(child)] == [True, True]
+
+
+@pytest.mark.usefixtures("short_graces")
+async def test_a_client_that_is_closed_while_it_mounts_leaves_nothing(
+    container: CodeExecutionContainer, key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reads, go_on, make = asyncio.Event(), threading.Event(), mcp_tools.make_tools
+    loop = asyncio.get_running_loop()
+
+    def slow(*args: Any) -> Any:
+        loop.call_soon_threadsafe(reads.set)
+        assert go_on.wait(SECONDS)
+        return make(*args)
+
+    monkeypatch.setattr("actbox.mcp.make_tools", slow)
+    async with CodeExecutor(key, container.workspace, container.port) as executor:
+        mounting = asyncio.create_task(executor.mount_mcp("parent", fake("parent", str(tmp_path / "pids"))))
+        await asyncio.wait_for(reads.wait(), SECONDS)
+    go_on.set()
+    with pytest.raises(StateError):
+        await mounting
+    assert all(map(ended, pids_in(tmp_path)))
+
+
+@pytest.mark.usefixtures("short_graces")
 async def test_a_mount_that_is_cancelled_leaves_nothing(executor: CodeExecutor, tmp_path: Path) -> None:
     task = asyncio.create_task(executor.mount_mcp("deaf", fake("deaf", str(tmp_path / "pids"))))
     await until(lambda: len(pids_in(tmp_path)) == 2)
@@ -412,6 +515,101 @@ async def test_a_mount_that_is_cancelled_leaves_nothing(executor: CodeExecutor, 
 
 
 # -- servers that are hostile ----------------------------------------------------------------------------------------
+
+
+async def test_an_answer_that_is_too_long_fails_its_call_alone(
+    executor: CodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await executor.mount_mcp("fake", fake("plain"), timeout=1)
+    await executor.execute("from mcptools import fake; pid = fake.pid()")
+    for name in ("huge", "huge_last"):
+        told = await error_of(executor, f"fake.{name}()")
+        assert told.startswith("ToolError: its message has 62")
+        assert told.endswith(" bytes, more than the 4194304 that are read")
+    assert (await error_of(executor, "fake.huge_lost()")).startswith("TimeoutError: ")
+    executor.functions(limits=CallLimits(bytes=8 << 20))
+    assert await text_of(executor, "print(len(fake.huge()), fake.pid() == pid)") == f"{6 << 20} True"
+    monkeypatch.setattr(mcp_stdio, "_MAX_SKIPPED", 40 << 20)
+    assert await error_of(executor, "fake.endless()") == "ConnectionError: the MCP server fake has ended"
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_lines_are_kept_up_to_their_bound(step: int) -> None:
+    long = b'{"jsonrpc":"2.0","id":12,"result":"' + b"x" * 5000 + b'"}'
+    other = b'{"result":"' + b"x" * 5000 + b'", "jsonrpc": "2.0", "id": 13 }'
+    data = b"first\n" + b"y" * 4096 + b"\n\n" + long + b"\n" + other + b"\n" + b"z" * 5000 + b"\nlast\nrest"
+    lines = mcp_stdio.Lines(lambda: 4096)
+    made = [line for start in range(0, len(data), step) for line in lines.feed(data[start : start + step])]
+    assert len(lines._held) == lines.size == 4
+    shown = [(line.size, line.answered) if isinstance(line, mcp_stdio.TooLong) else line for line in made]
+    assert shown == [b"first", b"y" * 4096, b"", (len(long), 12), (len(other), 13), (5000, None), b"last"]
+
+
+async def test_a_server_that_prints_and_asks_without_end_is_used_all_the_same(executor: CodeExecutor) -> None:
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            most = max(most, len(asyncio.all_tasks()))
+            await asyncio.sleep(0.001)
+
+    watching = asyncio.create_task(watch())
+    try:
+        await executor.mount_mcp("rude", fake("rude"))
+        assert int((await text_of(executor, "import mcptools.rude; print(mcptools.rude.pid())")) or "") > 0
+    finally:
+        watching.cancel()
+    assert most < 300
+
+
+async def test_a_servers_own_schema_of_its_answers_holds_nobody_up(executor: CodeExecutor) -> None:
+    output: dict[str, Any] = {
+        "type": "object",
+        "properties": {"text": {"type": "string", "pattern": "^(a+)+$"}, "number": {"type": "integer"}},
+    }
+    content: list[mcp.types.ContentBlock] = [mcp.types.TextContent(text="x")]
+    evil = mcp.types.CallToolResult(content=content, structured_content={"text": "a" * 60 + "b"})
+    await executor.mount_mcp("evil", listing(tool("f", output_schema=output), answer=evil))
+    assert await text_of(executor, "import mcptools.evil; print(len(mcptools.evil.f()['text']))") == "61"
+    wrong = mcp.types.CallToolResult(content=content, structured_content={"number": "7"})
+    await executor.mount_mcp("wrong", listing(tool("f", output_schema=output), answer=wrong))
+    told = await error_of(executor, "import mcptools.wrong; mcptools.wrong.f()")
+    assert told.startswith(
+        "ToolError: what the server has sent does not fit its own schema: number: '7' is not of type"
+    )
+
+
+def test_a_check_is_bounded_in_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schemas, "_MAX_SECONDS", 0.2)
+    dear = schemas.Checker({"properties": {"x": {"items": {"enum": list(range(10_000))}}}})
+    began = time.thread_time()
+    with pytest.raises(TypeError, match="too long"):
+        dear.check({"x": [9999] * 40_000})
+    assert time.thread_time() - began < 2
+    large = schemas.Checker({"properties": {"x": {"anyOf": [{"type": "integer"}] * 300}}})
+    tracemalloc.start()
+    try:
+        with pytest.raises(TypeError) as caught:
+            large.check({"x": "x" * (1 << 20)})
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 1000
+    many = schemas.Checker({"properties": {"x": {"items": {"type": "integer"}}}})
+    monkeypatch.setattr(schemas, "_MAX_SECONDS", 5)
+    many.check({"x": [1] * 100_000})
+
+
+async def test_schemas_that_take_long_to_read_cost_no_more_than_their_time(
+    executor: CodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mcp_tools, "_MAX_SECONDS", 0.05)
+    dear: dict[str, Any] = {"allOf": [{} for _ in range(1000)]}
+    mount = await executor.mount_mcp("dear", listing(*(tool(f"t{number}", dear) for number in range(100))))
+    assert 0 < len(mount.tools) < 100
+    assert set(mount.left_out.values()) == {"those before took too long to read"}
+
 
 CODE = "'''\"\"\"\n__import__('os').system('touch owned')\n{0.__class__}\x1b[2J\r\u202e"
 

@@ -295,6 +295,8 @@ class ExecutionClient(Forking, FileTransfers, Variables, Saving, McpServers):
                 session = await self.live_session()
             except (ConnectionError, SandboxUnavailable, ProtocolError) as exc:
                 return Lost(f"no kernel could be had ({exc})")
+            if self._registry is not None:
+                await self._registry.settle()
             stop = self._stops.get(id(execution))
             if stop is not None:
                 return endings.not_started(stop)
