@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs] - where it lies, to put it inside
 import pytest
+from talking import SECONDS, indented, text_of
 
 from actbox import (
-    CodeExecutionContainer,
     CodeExecutor,
     ExecutionTimeout,
     InvalidArgument,
@@ -27,15 +27,12 @@ from actbox import (
 )
 
 if TYPE_CHECKING:
-    import contextlib
-    from collections.abc import AsyncIterator, Callable, Generator
+    from collections.abc import Generator
 
-    MakeExecutor = Callable[[], contextlib.AbstractAsyncContextManager[CodeExecutor]]
+    from talking import MakeExecutor
 
 pytestmark = pytest.mark.anyio
 
-SECONDS = 10.0
-BY_THE_PORT = "127.1"
 EXAMPLE = Path(__file__).parent.parent / "examples" / "saving.py"
 
 LIE = """
@@ -50,7 +47,7 @@ saving.Saving.serve = serve
 
 
 def lie(body: str) -> str:
-    return LIE.format("\n".join(f"    {line}" for line in body.splitlines()))
+    return LIE.format(indented(body))
 
 
 @pytest.fixture
@@ -62,26 +59,10 @@ def file(tmp_path: Path) -> Generator[Path]:
     assert [name for name in os.listdir(folder) if name.startswith(".")] == []  # noqa: PTH208 - names are wanted
 
 
-@pytest.fixture(params=["here", "by the port"])
-async def client(
-    request: pytest.FixtureRequest, container: CodeExecutionContainer, key: str
-) -> AsyncIterator[CodeExecutor]:
-    """An executor by its own socket, and through the gateway."""
-    by_the_port = request.param == "by the port"
-    options: dict[str, Any] = {"token": container.token} if by_the_port else {}
-    host = BY_THE_PORT if by_the_port else "localhost"
-    async with CodeExecutor(key, container.workspace, container.port, host, interrupt_grace=0.3, **options) as made:
-        yield made
-
-
 async def give_cloudpickle(executor: CodeExecutor) -> None:
     """Make cloudpickle importable inside, whatever the environment has."""
     folder = Path(cloudpickle.__file__).parent
     await executor.upload_directory(f"skills/private/{executor.key}/cloudpickle", folder)
-
-
-async def text_of(executor: CodeExecutor, code: str) -> str | None:
-    return (await executor.execute(code, timeout=SECONDS)).text
 
 
 async def test_variables_imports_and_the_working_folder_survive(

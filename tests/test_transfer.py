@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
+from talking import SECONDS, indented, text_of, until
 
 from actbox import (
     CodeExecutionContainer,
@@ -35,20 +36,17 @@ from actbox.protocol import messages
 from actbox.protocol.frames import Frame
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Generator
+    from collections.abc import AsyncIterator, Generator
     from pathlib import Path
+
+    from talking import MakeExecutor
 
     from actbox.sessions import Session
 
-    MakeExecutor = Callable[[], contextlib.AbstractAsyncContextManager[CodeExecutor]]
-
 pytestmark = pytest.mark.anyio
 
-SECONDS = 10.0
 GRACE = 0.3
 MIB = 1 << 20
-# Another spelling of 127.0.0.1: a client that uses it does not find the container's door in this process.
-BY_THE_PORT = "127.1"
 UNTIL_GO = "import pathlib, time\nprint('begun')\nwhile not pathlib.Path('go').exists(): time.sleep(0.005)"
 
 # What a hostile kernel does: its transfers are replaced by what the test says. `send` puts a frame on the wire, `r` is
@@ -79,19 +77,7 @@ lie(work)
 
 
 def lie(body: str) -> str:
-    return LIE.format("\n".join(f"    {line}" for line in body.splitlines()))
-
-
-@pytest.fixture(params=["here", "by the port"])
-async def client(
-    request: pytest.FixtureRequest, container: CodeExecutionContainer, key: str
-) -> AsyncIterator[CodeExecutor]:
-    """An executor that kills soon what does not heed an interrupt; by its own socket, and through the gateway."""
-    by_the_port = request.param == "by the port"
-    options: dict[str, Any] = {"token": container.token} if by_the_port else {}
-    host = BY_THE_PORT if by_the_port else "localhost"
-    async with CodeExecutor(key, container.workspace, container.port, host, interrupt_grace=GRACE, **options) as made:
-        yield made
+    return LIE.format(indented(body))
 
 
 @pytest.fixture
@@ -110,10 +96,6 @@ def local(tmp_path: Path) -> Generator[Path]:
     assert list(folder.rglob(".actbox*")) == []
 
 
-async def text_of(executor: ExecutionClient, code: str) -> str | None:
-    return (await executor.execute(code, timeout=SECONDS)).text
-
-
 async def tmp_of(executor: ExecutionClient) -> list[str]:
     """What is in /tmp inside, but for what libraries keep there."""
     text = await text_of(executor, "import os; print(*sorted(set(os.listdir('/tmp')) - {'.matplotlib'}), sep='\\n')")
@@ -126,12 +108,6 @@ def within(seconds: float) -> Generator[None]:
     began = time.monotonic()
     yield
     assert time.monotonic() - began < seconds
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(SECONDS):
-        while not condition():  # noqa: ASYNC110 - there is no event for it
-            await asyncio.sleep(0.005)
 
 
 def names(folder: Path) -> list[str]:

@@ -15,16 +15,16 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+from talking import SECONDS, indented
 
 from actbox import (
-    CodeExecutionContainer,
     CodeExecutor,
     ExecutionInterrupted,
     ExecutionTimeout,
@@ -39,15 +39,8 @@ from actbox import (
 )
 from actbox.guest import values as guest_values
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
 pytestmark = pytest.mark.anyio
 
-SECONDS = 10.0
-GRACE = 0.3
-# Another spelling of 127.0.0.1: a client that uses it does not find the container's door in this process.
-BY_THE_PORT = "127.1"
 EXAMPLE = Path(__file__).parent.parent / "examples" / "variables.py"
 
 # A class all of whose own code would run for ever.
@@ -88,19 +81,7 @@ variables.Variables.serve = serve
 
 
 def lie(body: str) -> str:
-    return LIE.format("\n".join(f"    {line}" for line in body.splitlines()))
-
-
-@pytest.fixture(params=["here", "by the port"])
-async def client(
-    request: pytest.FixtureRequest, container: CodeExecutionContainer, key: str
-) -> AsyncIterator[CodeExecutor]:
-    """An executor that kills soon what does not heed an interrupt; by its own socket, and through the gateway."""
-    by_the_port = request.param == "by the port"
-    options: dict[str, Any] = {"token": container.token} if by_the_port else {}
-    host = BY_THE_PORT if by_the_port else "localhost"
-    async with CodeExecutor(key, container.workspace, container.port, host, interrupt_grace=GRACE, **options) as made:
-        yield made
+    return LIE.format(indented(body))
 
 
 async def has(executor: CodeExecutor, module: str) -> bool:
