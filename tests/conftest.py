@@ -16,7 +16,6 @@ import pytest
 import sandboxes
 from connections import BY_THE_PORT, SECONDS
 from hypothesis import settings
-from talking import BY_THE_PORT
 
 from actbox import (
     ActboxError,

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     MakeExecutor = Callable[[], contextlib.AbstractAsyncContextManager[CodeExecutor]]
 
 SECONDS = 10.0
-# Another spelling of 127.0.0.1: a client that uses it does not find the container's door in this process.
-BY_THE_PORT = "127.1"
 
 
 async def text_of(executor: ExecutionClient, code: str) -> str | None:

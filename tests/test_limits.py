@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import sandboxes
+from connections import BY_THE_PORT
 
 from actbox import (
     CodeExecutionContainer,
@@ -45,8 +46,6 @@ pytestmark = pytest.mark.anyio
 SECONDS = 12.0
 GRACE = 0.3
 MIB = 1 << 20
-# Another spelling of 127.0.0.1: a client that uses it comes in by the port, as one of another process does.
-BY_THE_PORT = "127.1"
 TIGHT = Limits(
     memory=256 * MIB, pids=40, open_files=64, disk=48 * MIB, files=400, file_size=16 * MIB, tmp=8 * MIB, shm=4 * MIB
 )

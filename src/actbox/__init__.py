@@ -5,8 +5,8 @@ The six names of `actbox.executor` are those of its ancestor; see the README for
 
 from actbox.attached import AttachedClient, AttachedExecution
 from actbox.blocks import Block, ImageBlock, OutputPolicy, TextBlock, to_anthropic, to_openai
-from actbox.checkpoint import Checkpoint
 from actbox.callee import Allow, CallLimits, Deny, FunctionCall
+from actbox.checkpoint import Checkpoint
 from actbox.client import ExecutionClient
 from actbox.container import ExecutionContainer
 from actbox.doctor import Layer, examine
@@ -64,8 +64,6 @@ from actbox.executor import (
     CodeExecutor,
     execution_environment,
 )
-from actbox.functions import Allow, CallLimits, Deny, FunctionCall
-from actbox.forks import Checkpoint
 from actbox.journal import Dropped
 from actbox.lines import Standing
 from actbox.logger import Logger
