@@ -45,7 +45,7 @@ _numbers = itertools.count(1)
 ALIKE = frozenset(
     {
         *("test_kernel", "test_executions", "test_gateway", "test_variables", "test_functions", "test_mcp"),
-        *("test_reattach", "test_libraries"),
+        *("test_mcp_hostile", "test_reattach", "test_libraries"),
     }
 )
 

@@ -1,15 +1,11 @@
-"""MCP servers: their tools are functions of a module inside, and whatever a server says is data."""
+"""MCP servers: their tools are functions of a module inside, for as long as they are mounted."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import subprocess
-import sys
 import threading
-import time
-import tracemalloc
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mcp
@@ -17,9 +13,8 @@ import mcp.types
 import pytest
 import uvicorn
 from mcp.server import MCPServer, Server
-from mcp.server.mcpserver import Context, Image
-from mcp.server.mcpserver.exceptions import ToolError
-from pydantic import BaseModel
+from mcp.server.mcpserver import Context  # noqa: TC002 - read by the SDK at run time
+from mcp_servers import ended, fake, listing, make_shop, pids_in, stdio, tool
 from talking import SECONDS, error_of, text_of, until
 
 from actbox import (
@@ -39,92 +34,14 @@ from actbox import (
     calls,
     mcp_stdio,
     mcp_tools,
-    schemas,
 )
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
+    from pathlib import Path
+
 
 pytestmark = pytest.mark.anyio
-
-PROGRAMS = Path(sys.executable).parent
-FAKE = Path(__file__).with_name("mcp_fake.py")
-
-
-class Place(BaseModel):
-    name: str
-    height: float | None = None
-
-
-def make_shop() -> MCPServer:
-    """A server of this process."""
-    server = MCPServer("shop", instructions="A shop of fruit.")
-
-    @server.tool()
-    def price(article: str, currency: str = "CHF") -> float:  # pyright: ignore[reportUnusedFunction]
-        """The price of an article."""
-        if article == "plum":
-            raise ToolError("no plums today")
-        return {"CHF": 0.5, "EUR": 0.6}[currency]
-
-    @server.tool()
-    def place(name: str) -> Place:  # pyright: ignore[reportUnusedFunction]
-        return Place(name=name, height=1.5)
-
-    @server.tool()
-    def picture() -> Image:  # pyright: ignore[reportUnusedFunction]
-        return Image(data=b"\x89PNG\0", format="png")
-
-    @server.tool(structured_output=False)
-    def much(size: int) -> str:  # pyright: ignore[reportUnusedFunction]
-        return "x" * size
-
-    @server.tool(structured_output=False)
-    def words(count: int = 1) -> list[str]:  # pyright: ignore[reportUnusedFunction]
-        return ["one", "two", "three"][:count]
-
-    return server
-
-
-def stdio(program: str, *args: str, **more: Any) -> mcp.StdioServerParameters:
-    return mcp.StdioServerParameters(command=str(PROGRAMS / program), args=list(args), **more)
-
-
-def fake(*args: str) -> mcp.StdioServerParameters:
-    return stdio("python", "-I", "-S", str(FAKE), *args)
-
-
-def listing(*tools: mcp.types.Tool, answer: Any = None) -> Server[Any]:
-    """A server that lists these tools, and answers any call with the arguments that it got, as text."""
-
-    async def listed(*_args: Any) -> mcp.types.ListToolsResult:
-        return mcp.types.ListToolsResult(tools=list(tools))
-
-    async def called(_context: Any, params: mcp.types.CallToolRequestParams) -> mcp.types.CallToolResult:
-        if answer is not None:
-            return answer
-        text = f"{params.name!r} {params.arguments!r}"
-        return mcp.types.CallToolResult(content=[mcp.types.TextContent(text=text)])
-
-    return Server("listing", on_list_tools=listed, on_call_tool=called)
-
-
-def tool(name: str, schema: dict[str, Any] | None = None, **more: Any) -> mcp.types.Tool:
-    return mcp.types.Tool(name=name, input_schema={"type": "object", **(schema or {})}, **more)
-
-
-def ended(pid: int) -> bool:
-    """Whether there is no such process, or nothing left of it but its number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def pids_in(folder: Path) -> list[int]:
-    """The processes of a server that is "deaf", once it has told them."""
-    place = folder / "pids"
-    return [int(pid) for pid in place.read_text(encoding="utf-8").split()] if place.exists() else []
 
 
 @pytest.fixture
@@ -512,199 +429,3 @@ async def test_a_mount_that_is_cancelled_leaves_nothing(executor: CodeExecutor, 
     if not task.cancelled():
         await executor.unmount_mcp("deaf")
     assert all(map(ended, pids_in(tmp_path)))
-
-
-# -- servers that are hostile ----------------------------------------------------------------------------------------
-
-
-async def test_an_answer_that_is_too_long_fails_its_call_alone(
-    executor: CodeExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await executor.mount_mcp("fake", fake("plain"), timeout=1)
-    await executor.execute("from mcptools import fake; pid = fake.pid()")
-    for name in ("huge", "huge_last"):
-        told = await error_of(executor, f"fake.{name}()")
-        assert told.startswith("ToolError: its message has 62")
-        assert told.endswith(" bytes, more than the 4194304 that are read")
-    assert (await error_of(executor, "fake.huge_lost()")).startswith("TimeoutError: ")
-    executor.functions(limits=CallLimits(bytes=8 << 20))
-    assert await text_of(executor, "print(len(fake.huge()), fake.pid() == pid)") == f"{6 << 20} True"
-    monkeypatch.setattr(mcp_stdio, "_MAX_SKIPPED", 40 << 20)
-    assert await error_of(executor, "fake.endless()") == "ConnectionError: the MCP server fake has ended"
-
-
-@pytest.mark.parametrize("step", [1, 7, 1000])
-def test_lines_are_kept_up_to_their_bound(step: int) -> None:
-    long = b'{"jsonrpc":"2.0","id":12,"result":"' + b"x" * 5000 + b'"}'
-    other = b'{"result":"' + b"x" * 5000 + b'", "jsonrpc": "2.0", "id": 13 }'
-    data = b"first\n" + b"y" * 4096 + b"\n\n" + long + b"\n" + other + b"\n" + b"z" * 5000 + b"\nlast\nrest"
-    lines = mcp_stdio.Lines(lambda: 4096)
-    made = [line for start in range(0, len(data), step) for line in lines.feed(data[start : start + step])]
-    assert len(lines._held) == lines.size == 4
-    shown = [(line.size, line.answered) if isinstance(line, mcp_stdio.TooLong) else line for line in made]
-    assert shown == [b"first", b"y" * 4096, b"", (len(long), 12), (len(other), 13), (5000, None), b"last"]
-
-
-async def test_a_server_that_prints_and_asks_without_end_is_used_all_the_same(executor: CodeExecutor) -> None:
-    most = 0
-
-    async def watch() -> None:
-        nonlocal most
-        while True:
-            most = max(most, len(asyncio.all_tasks()))
-            await asyncio.sleep(0.001)
-
-    watching = asyncio.create_task(watch())
-    try:
-        await executor.mount_mcp("rude", fake("rude"))
-        assert int((await text_of(executor, "import mcptools.rude; print(mcptools.rude.pid())")) or "") > 0
-    finally:
-        watching.cancel()
-    assert most < 300
-
-
-async def test_a_servers_own_schema_of_its_answers_holds_nobody_up(executor: CodeExecutor) -> None:
-    output: dict[str, Any] = {
-        "type": "object",
-        "properties": {"text": {"type": "string", "pattern": "^(a+)+$"}, "number": {"type": "integer"}},
-    }
-    content: list[mcp.types.ContentBlock] = [mcp.types.TextContent(text="x")]
-    evil = mcp.types.CallToolResult(content=content, structured_content={"text": "a" * 60 + "b"})
-    await executor.mount_mcp("evil", listing(tool("f", output_schema=output), answer=evil))
-    assert await text_of(executor, "import mcptools.evil; print(len(mcptools.evil.f()['text']))") == "61"
-    wrong = mcp.types.CallToolResult(content=content, structured_content={"number": "7"})
-    await executor.mount_mcp("wrong", listing(tool("f", output_schema=output), answer=wrong))
-    told = await error_of(executor, "import mcptools.wrong; mcptools.wrong.f()")
-    assert told.startswith(
-        "ToolError: what the server has sent does not fit its own schema: number: '7' is not of type"
-    )
-
-
-def test_a_check_is_bounded_in_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schemas, "_MAX_SECONDS", 0.2)
-    dear = schemas.Checker({"properties": {"x": {"items": {"enum": list(range(10_000))}}}})
-    began = time.thread_time()
-    with pytest.raises(TypeError, match="too long"):
-        dear.check({"x": [9999] * 40_000})
-    assert time.thread_time() - began < 2
-    large = schemas.Checker({"properties": {"x": {"anyOf": [{"type": "integer"}] * 300}}})
-    tracemalloc.start()
-    try:
-        with pytest.raises(TypeError) as caught:
-            large.check({"x": "x" * (1 << 20)})
-        assert tracemalloc.get_traced_memory()[1] < 20 << 20
-    finally:
-        tracemalloc.stop()
-    assert len(str(caught.value)) < 1000
-    many = schemas.Checker({"properties": {"x": {"items": {"type": "integer"}}}})
-    monkeypatch.setattr(schemas, "_MAX_SECONDS", 5)
-    many.check({"x": [1] * 100_000})
-
-
-async def test_schemas_that_take_long_to_read_cost_no_more_than_their_time(
-    executor: CodeExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mcp_tools, "_MAX_SECONDS", 0.05)
-    dear: dict[str, Any] = {"allOf": [{} for _ in range(1000)]}
-    mount = await executor.mount_mcp("dear", listing(*(tool(f"t{number}", dear) for number in range(100))))
-    assert 0 < len(mount.tools) < 100
-    assert set(mount.left_out.values()) == {"those before took too long to read"}
-
-
-CODE = "'''\"\"\"\n__import__('os').system('touch owned')\n{0.__class__}\x1b[2J\r\u202e"
-
-
-async def test_names_become_identifiers_and_texts_stay_texts(executor: CodeExecutor) -> None:
-    names = [
-        "__import__",
-        "import",
-        "a b",
-        "a_b",
-        "a-b",
-        "__class__",
-        "1st",
-        "",
-        "ﬁne",
-        "os.system('x')",
-        "ToolError",
-        "é",
-    ]
-    properties = {name: {"type": "string", "description": CODE, "default": CODE} for name in names}
-    tools = [tool(name, {"properties": properties}, description=CODE, title=CODE) for name in names]
-    mount = await executor.mount_mcp("hostile", listing(*tools, tool("a b", description="again")))
-    assert sorted(mount.tools.values()) == sorted(names)
-    assert mount.left_out == {"a b": "another tool has the same name"}
-    assert all(name.isidentifier() and not name.startswith("_") for name in mount.tools)
-    assert {"a_b", "class", "n1st", "ToolError", "é"} <= {name.rstrip("_") for name in mount.tools}
-    for inside, name in mount.tools.items():
-        code = f"from mcptools import hostile as h; f = h.{inside}; import inspect\n"
-        code += "print(f(**{name: 'v' for name in inspect.signature(f).parameters}))"
-        assert await text_of(executor, code) == f"{name!r} {dict.fromkeys(names, 'v')!r}"
-    shown = await text_of(executor, "help(h)")
-    assert shown is not None
-    assert "\x1b" not in shown
-    assert "__import__('os').system" in shown
-    assert await text_of(executor, "import os; print(os.path.exists('owned'), h.__name__)") == "False mcptools.hostile"
-
-
-async def test_schemas_beyond_the_bounds_are_left_out(executor: CodeExecutor) -> None:
-    endless = {"properties": {"x": {"$ref": "#/properties/x"}}}
-    doubling = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(40)}
-    mount = await executor.mount_mcp(
-        "hostile",
-        listing(
-            tool("huge", {"description": "x" * schemas.MAX_SCHEMA}),
-            tool("many", {"properties": {f"p{n}": {} for n in range(schemas.MAX_PARAMETERS + 1)}}),
-            tool("none", {"properties": {"x": {"type": "nonsense"}}}),
-            tool("n" * 1000),
-            tool("dialect", {"properties": {"x": {"$schema": "http://json-schema.org/draft-07/schema#"}}}),
-            tool("endless", endless),
-            tool("doubling", {"properties": {"x": {"$ref": "#/$defs/a0"}}, "$defs": {**doubling, "a40": {}}}),
-            tool("slow", {"properties": {"x": {"pattern": "^(a+)+$"}}}),
-            tool("nowhere", {"properties": {"x": {"$ref": "http://127.0.0.1:1/schema"}}}),
-            tool("long", description="d" * 100_000),
-            *(tool(f"t{n}") for n in range(300)),
-        ),
-    )
-    assert {"endless", "doubling", "slow", "nowhere", "long"} <= mount.tools.keys()
-    assert len(mount.tools) + 4 <= 256
-    assert {"huge", "many", "none", "dialect"} <= mount.left_out.keys()
-    await executor.execute("import mcptools.hostile as h")
-    for name in ("endless", "doubling", "nowhere"):
-        assert "cannot be applied" in await error_of(executor, f"h.{name}(x=1)")
-    assert await text_of(executor, "print(h.slow(x='a' * 40 + 'b') is not None, len(h.long.__doc__))") == "True 8192"
-
-
-def test_names_are_the_same_in_any_order() -> None:
-    names = ["a b", "a-b", "a_b", "A B", "__a", "a", "ﬁ", "fi", "class", "class_", "\ud800", "١", "\u0301"]
-    made = schemas.identifiers(names)
-    assert len(set(made.values())) == len(names)
-    assert schemas.identifiers(names[::-1]) == made
-    assert made["a_b"] == "a_b"
-    assert all(name.isidentifier() for name in made.values())
-
-
-@pytest.mark.parametrize(
-    ("schema", "words"),
-    [
-        ({"type": "string"}, "str"),
-        ({"type": ["integer", "null"]}, "int | None"),
-        ({"type": "array", "items": {"type": "number"}}, "list[float]"),
-        ({"type": "array", "items": {}}, "list[Any]"),
-        ({"type": "object", "additionalProperties": {"type": "boolean"}}, "dict[str, bool]"),
-        ({"enum": ["a", 1, None]}, "Literal['a', 1, None]"),
-        ({"const": "']; import os"}, 'Literal["\']; import os"]'),
-        ({"oneOf": [{"type": "string"}, {"$ref": "#/$defs/n"}]}, "str | int"),
-        ({"anyOf": [{"type": "string"}, {}]}, "Any"),
-        ({"$ref": "#/$defs/loop"}, "Any"),
-        ({"$ref": "#/$defs/n/none"}, "Any"),
-        ({"enum": [[1]]}, "Any"),
-        ({"enum": ["x" * 1000]}, "Any"),
-        (True, "Any"),
-        ("string", "Any"),
-    ],
-    ids=repr,
-)
-def test_a_schema_in_words(schema: Any, words: str) -> None:
-    root = {"$defs": {"n": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop"}}}
-    assert schemas.annotation(schema, root) == words

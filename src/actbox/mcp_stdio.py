@@ -228,9 +228,10 @@ class _Process(asyncio.SubprocessProtocol):
                 self._read(on=False)
                 self._news.set()
             elif self._lines.size > _MAX_SKIPPED:
-                logger.warning("an MCP server has sent a message without an end, and is not listened to any more")
+                logger.warning("an MCP server has sent a message without an end, and was killed")
                 self._leaving = True
                 self.be_silent()
+                self._signal(signal.SIGKILL)
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:  # noqa: ARG002 - an end is an end
         if fd == 0:
@@ -309,7 +310,10 @@ class StdioServer:
             async with arrived:
                 while (line := await self._process.next_line()) is not None:
                     message = self._refused(line) if isinstance(line, TooLong) else self._read(line)
-                    if message is not None:
+                    if message is None:
+                        # Lines that are at hand are taken without a pause: leave the loop to others too.
+                        await asyncio.sleep(0)
+                    else:
                         await arrived.send(SessionMessage(message))
 
     async def _send(self, leaving: MemoryObjectReceiveStream[SessionMessage]) -> None:
