@@ -45,6 +45,11 @@ FLOORS: tuple[set[str], ...] = (
     {"desk", "rejoining", "sessions", "values", "way_out", "workspace"},
     {"carrying"},
     {"dialogue", "refusals"},
+    {"mcp_server"},
+    {"forks", "functions", "gateway", "mcp_http", "mcp_stdio", "mcp_tools", "supervision", "transfer", "variables"},
+    {"calls", "exchange"},
+    {"desk", "execution", "rejoining", "sessions", "values", "way_out", "workspace"},
+    {"dialogue"},
     {"lines"},
     {"execution", "journal"},
     {"connecting", "skills"},
@@ -60,6 +65,8 @@ FLOORS: tuple[set[str], ...] = (
     {"events", "spec"},
     {"network"},
     {"checkpoint", "clock", "errors", "shielded"},
+    {"callee", "network"},
+    {"clock", "errors", "shielded"},
 )
 assert sum(map(len, FLOORS)) == len(set[str]().union(*FLOORS)), "a room is on two floors"
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -68,6 +75,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {
     "errors": set[str](),
     "events": set[str](),
+    "callee": {"errors"},
     "clock": set[str](),
     "shielded": set[str](),
     "schemas": set[str](),
