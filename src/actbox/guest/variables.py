@@ -228,7 +228,7 @@ def show(value: Any, room: int, depth: int = _DEPTH) -> str | None:
         return f"<module {name[:_MAX_NAME]}>" if type(name) is str else None
     if kind is types.FunctionType:
         code = value.__code__
-        return f"{values.exact(code.co_name)[:_MAX_NAME]}({', '.join(code.co_varnames[: code.co_argcount])})"[:room]
+        return f"{values.exact(value.__name__)[:_MAX_NAME]}({', '.join(code.co_varnames[: code.co_argcount])})"[:room]
     if issubclass(kind, type):
         return f"<class {values.exact(type.__dict__['__qualname__'].__get__(value))[:_MAX_NAME]}>"
     if _among(kind, _CONTAINERS):
