@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
@@ -250,6 +250,24 @@ def test_html_is_told_without_its_script_where_no_plain_text_says_more() -> None
     assert text_of(data) == ("text/html", "Title\na | b\n1 | <2>")
     assert text_of({**data, "text/plain": "said"}) == ("text/plain", "said")
     assert text(shown({"text/html": f"<script>{'x' * 100_000}</script>"})) == "[no output]"
+
+
+def test_html_that_is_written_over_many_lines_reads_as_it_looks() -> None:
+    frame = pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})
+    assert text(shown({"text/html": frame.to_html()})) == "a | b\n0 | 1 | x\n1 | 2 | y"
+    assert text(shown({"text/html": "<p>one\ntwo</p><pre>three\nfour</pre>\nfive"})) == "one two\nthree\nfour\nfive"
+
+
+@settings(max_examples=200)
+@given(st.text("<>/!-?abpre \n&;"))
+@example("<")
+@example("a<")
+def test_any_html_is_read(source: str) -> None:
+    assert shown({"text/html": source}).for_model()
+
+
+def test_what_begins_no_tag_is_text() -> None:
+    assert text(shown({"text/html": "<b>1 < 2</b> and 2 > 1"})) == "1 < 2 and 2 > 1"
 
 
 def test_a_figure_of_plotly_is_described_without_its_script() -> None:

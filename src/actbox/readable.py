@@ -171,11 +171,18 @@ def _html(value: object) -> str | None:
     lower = source.lower() if source.isascii() else "".join(c.lower() if c < "\x80" else c for c in source)
     pieces: list[str] = []
     at = 0
+    kept = False
     while (begin := source.find("<", at)) >= 0:
-        pieces.append(source[at:begin])
+        # A line's end in the source is a blank to the reader, but for what is set as it stands.
+        pieces.append(source[at:begin] if kept else source[at:begin].replace("\n", " "))
         name = _NAME.match(lower, begin + 1)
         tag = name[1] if name else ""
-        closing = {"script": "</script", "style": "</style"}.get(tag) if lower[begin + 1] != "/" else None
+        ends = lower.startswith("/", begin + 1)
+        if not tag and not lower.startswith(("/", "!", "?"), begin + 1):
+            pieces.append("<")
+            at = begin + 1
+            continue
+        closing = {"script": "</script", "style": "</style"}.get(tag) if not ends else None
         if closing:
             begin = lower.find(closing, begin)
         elif lower.startswith("<!--", begin):
@@ -184,9 +191,11 @@ def _html(value: object) -> str | None:
         if end < 0:
             at = len(source)
             break
-        pieces.append("\n" if tag in _BREAKS else " | " if tag in _CELLS and lower[begin + 1] == "/" else "")
+        if tag == "pre":
+            kept = not ends
+        pieces.append("\n" if tag in _BREAKS else " | " if tag in _CELLS and ends else "")
         at = end + 1
-    pieces.append(source[at:])
+    pieces.append(source[at:] if kept else source[at:].replace("\n", " "))
     lines = (" ".join(line.split()).strip(" |") for line in html.unescape("".join(pieces)).split("\n"))
     return plain("\n".join(line for line in lines if line)) or None
 

@@ -104,7 +104,7 @@ def to_json(value: object, otherwise: Callable[[object], object] | None = None, 
             return _checked_int(item)
         if kind is float:
             if not endless and not math.isfinite(item):
-                raise Unsupported("float", "JSON has no nan or infinity; put it into a NumPy array")
+                raise Unsupported("float", "JSON has no nan or infinity; take None or a text in its place")
             return item
         if len(path) >= MAX_DEPTH:
             raise Unsupported(type_name(item), f"it is nested more than {MAX_DEPTH} deep")
