@@ -411,6 +411,11 @@ def test_a_copy_is_made_of_an_image_that_is_too_large_and_of_no_other(kind: str)
     assert pictures.copy_of([(mime, "binary", b"x" * (2 << 20))]) is None
 
 
+def test_sessions_make_copies_for_the_bounds_that_hold_by_default() -> None:
+    policy = OutputPolicy()
+    assert (policy.image_side, policy.image_bytes) == (pictures.SIDE, pictures.BYTES)
+
+
 def test_a_copy_has_few_enough_bytes_too() -> None:
     large = picture(1500, 1500)
     assert len(large) > 1 << 20
