@@ -253,7 +253,7 @@ def test_html_is_told_without_its_script_where_no_plain_text_says_more() -> None
 
 
 def test_html_that_is_written_over_many_lines_reads_as_it_looks() -> None:
-    frame = pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})
+    frame: Any = pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})
     assert text(shown({"text/html": frame.to_html()})) == "a | b\n0 | 1 | x\n1 | 2 | y"
     assert text(shown({"text/html": "<p>one\ntwo</p><pre>three\nfour</pre>\nfive"})) == "one two\nthree\nfour\nfive"
 
