@@ -160,7 +160,7 @@ async def test_a_kernel_that_died_unseen_is_not_kept_for_what_it_was(container: 
 async def crowded(engine: str) -> AsyncIterator[Callable[..., ExecutionClient]]:
     """Makes clients of a container whose sessions may have few processes."""
     async with ExecutionContainer(
-        engine=engine, preload=(), limits=Limits(pids=24), separate=True, show_pull_progress=False
+        engine=engine, preload=(), limits=Limits(pids=128), separate=True, show_pull_progress=False
     ) as own:
 
         def make(*, recover: bool = False) -> ExecutionClient:
@@ -416,7 +416,7 @@ async def test_files_that_cannot_be_put_back_in_time_leave_the_session_as_it_is(
     await worker.checkpoint("one", files=True)
     await worker.execute("x = 1")
     with pytest.raises(ExecutionTimeout) as late:
-        await worker.rollback("one", timeout=0.5)
+        await asyncio.wait_for(worker.rollback("one", timeout=0.5), BOUND)
     assert late.value.state_kept
     assert await value(worker, "x") == "1"
     assert [kept.name for kept in worker.checkpoints()] == ["one"]

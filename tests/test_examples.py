@@ -1,4 +1,4 @@
-"""The examples run, and leave nothing behind. `make demo` runs the longest; one has a test of its own."""
+"""The examples run, and leave nothing behind. `make demo` runs the longest; two have a test of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ELSEWHERE = ("demo", "reattach")
+ELSEWHERE = ("demo", "reattach", "saving")
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ELSEWHERE)
 SECONDS = 60

@@ -412,19 +412,22 @@ async def test_a_client_that_is_gone_forks_nothing(container: CodeExecutionConta
         await client.fork(timeout=-1)
 
 
+@pytest.mark.parametrize("host", ["localhost", "127.1"], ids=["here", "by the port"])
 async def test_a_session_with_all_its_numbers_taken_refuses_a_fork_and_goes_on(
-    client: ExecutionClient, monkeypatch: pytest.MonkeyPatch
+    container: CodeExecutionContainer, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     monkeypatch.setattr(family, "_SLOTS", 3)
-    await client.execute("x = 1")
-    async with await client.fork():
-        await client.checkpoint("one")
-        with pytest.raises(ForkRefused, match="2 forks and checkpoints already"):
-            await client.fork()
-        assert await value(client, "x") == "1"
-        await client.discard("one")
-        async with await client.fork() as branch:
-            assert await value(branch, "x") == "1"
+    async with ExecutionClient(container.port, host, token=container.token) as client:
+        await client.execute("x = 1")
+        async with await client.fork():
+            await client.checkpoint("one")
+            with pytest.raises(ForkRefused, match="2 forks and checkpoints already"):
+                await client.fork()
+            assert await value(client, "x") == "1"
+            await client.discard("one")
+            assert await until(lambda: prints(client, COUNT, "3"))
+            async with await client.fork() as branch:
+                assert await value(branch, "x") == "1"
 
 
 # -- a kernel that does not play along -------------------------------------------------------------------------------

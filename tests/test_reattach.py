@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from branches import SLEEP
 from connections import BY_THE_PORT, RawAttached, Relay
 from sandboxes import supervisors
 
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("no_named_sessions")]
 
 BOUND = 15.0
-SLEEP = "print('on', flush=True); import time; time.sleep(999)"
 # What a cell of a conversation puts out: text, a display of each form, and how often it has run.
 TALK = """
 import sys

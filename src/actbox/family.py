@@ -15,6 +15,7 @@ from actbox.events import Overrun
 from actbox.shielded import finish
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Coroutine
     from typing import Any, Protocol
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 # As many as the watcher inside has room for (`guest/interrupts.py`).
 _SLOTS = 512
 _LOOK_SECONDS = 1.0
+# How long a watcher may be silent that has much to kill, on a machine with much to do.
+_WORD_SECONDS = 25.0
 _numbers = itertools.count(1)
 
 
@@ -54,7 +57,8 @@ class Family:
         group: the control group, if one could be made.
 
     State: `members`; `number`, which the supervisor knows the session by; `_slot`, the last number given to a kernel;
-    `_looking`, the task that looks at what they use; `_memory_kills`, how many of those were told of.
+    `_looking`, the task that looks at what they use; `_memory_kills`, how many of those were told of; `_doubted`,
+    sockets to a watcher that owes a word, with the time until it is given up.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Family:
         self._closing: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._memory_kills = 0
+        self._doubted: dict[socket.socket, asyncio.TimerHandle] = {}
         self._slot = 0
 
     @property
@@ -130,12 +135,29 @@ class Family:
         for member in at_work or sorted(self.members, key=lambda member: member.slot)[:1]:
             member.pass_on(overrun)
 
-    def end(self, *, deaf: bool = False) -> None:
-        """End the container, if it is theirs alone: a kernel may have killed or stopped its watcher there.
+    def end(self) -> None:
+        """End the container, if it is theirs alone: a kernel may have killed or stopped its watcher there."""
+        if self._boundary is not None and len(self.members) <= 1:
+            self._close_soon(self._boundary.close())
 
-        Where others live in it, it goes on, unless the watcher is `deaf`: then nobody can end any of them.
+    def doubt(self, watch: socket.socket) -> None:
+        """The watcher has not heeded an order that came by this socket, which is the family's from now on.
+
+        Where a kernel can stop its watcher, nobody can end any of them any more: then the container goes.
         """
-        if self._boundary is not None and (deaf or len(self.members) <= 1):
+        loop = asyncio.get_running_loop()
+        loop.add_reader(watch, self._settle, watch)
+        self._doubted[watch] = loop.call_later(_WORD_SECONDS, self._give_up, watch)
+
+    def _settle(self, watch: socket.socket) -> None:
+        """It has said something, or is gone."""
+        self._doubted.pop(watch).cancel()
+        asyncio.get_running_loop().remove_reader(watch)
+        watch.close()
+
+    def _give_up(self, watch: socket.socket) -> None:
+        self._settle(watch)
+        if self._boundary is not None:
             self._close_soon(self._boundary.close())
 
     def _close_soon(self, closing: Coroutine[Any, Any, None]) -> None:
@@ -150,6 +172,8 @@ class Family:
         self.members.discard(member)
         if self.members:
             return
+        for watch in list(self._doubted):
+            self._settle(watch)
         if self._looking is not None:
             self._looking.cancel()
             self._looking = None

@@ -23,7 +23,7 @@ from actbox.errors import (
     SessionBroken,
 )
 from actbox.execution import check_timeout
-from actbox.forks import Checkpoints, Copy, Step, copy_of
+from actbox.forks import ROOM_SECONDS, Checkpoints, Copy, Step, copy_of
 from actbox.protocol import frames
 from actbox.shielded import finish
 
@@ -203,13 +203,13 @@ class Forking(ABC):
     async def _go_back(self, step: Step, name: str) -> Checkpoint:
         parked = self._checkpoints.find(name)
         try:
-            made = await self._checkpoints.wake(parked)
+            made = await self._checkpoints.wake(parked, 0 if self._session is not None else ROOM_SECONDS)
         except LimitExceeded:
             if self._session is None:
                 raise
             # What takes up the room is what nobody wants any more.
             await self.drop_session(self._session)
-            made = await self._checkpoints.wake(parked)
+            made = await self._checkpoints.wake(parked, ROOM_SECONDS)
         if parked.files is not None:
             try:
                 async with asyncio.timeout(step.left):
@@ -334,7 +334,7 @@ class Forking(ABC):
         if good is None or not self._connected:
             return None
         try:
-            await self._replace_session(await self._checkpoints.wake(good))
+            await self._replace_session(await self._checkpoints.wake(good, ROOM_SECONDS))
         except (CheckpointMissing, LimitExceeded) as exc:
             logger.warning("the last good state is lost too: %s", exc)
             # Whoever is told so must not find it again later.

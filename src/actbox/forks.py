@@ -43,7 +43,7 @@ _MAX_REASON = 1000
 # A copy of a checkpoint runs none of the guest's code, so that it takes moments; what does not answer is broken.
 _COPY_SECONDS = 20.0
 # How long a limit that refuses a copy may be due to processes that are being killed just then.
-_ROOM_SECONDS = 1.0
+ROOM_SECONDS = 10.0
 _AGAIN_SECONDS = 0.02
 _EXIT_SECONDS = 1.0
 
@@ -293,14 +293,14 @@ class Checkpoints:
             raise CheckpointMissing(name, "its process has been killed, by the session itself or for its memory")
         return parked
 
-    async def wake(self, parked: Parked) -> Copy:
-        """A copy of a parked one.
+    async def wake(self, parked: Parked, room: float) -> Copy:
+        """A copy of a parked one; for `room` seconds a limit that does not allow it is tried again.
 
         Raises:
             CheckpointMissing: it is gone, or broken; it is dropped.
             LimitExceeded: one of the session's limits does not allow it.
         """
-        ends = asyncio.get_running_loop().time() + _ROOM_SECONDS
+        ends = asyncio.get_running_loop().time() + room
         while True:
             try:
                 return await self._copy(parked)

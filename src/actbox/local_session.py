@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _EXIT_SECONDS = 5.0
-# How long a watcher may take to heed an order to kill: it kills what it finds, however many there are.
+# How long an order to kill is waited for to be heeded.
 _HEED_SECONDS = 5.0
 # The longest pause of the watcher inside, and then some.
 _EXCUSE_SECONDS = 3.0
@@ -203,13 +203,14 @@ class LocalSession:
             self._heeding = self._loop.call_later(_HEED_SECONDS, self._give_up)
 
     def _give_up(self) -> None:
-        """The watcher does not heed: its kernel has stopped it, where it can. Nothing is waited for any more."""
-        if self._exit is None:
-            self._stop_hearing()
-            self._note_exit(Exit(killed=True, overrun=self._overrun))
-            if self._link is not None:
-                self._link.close()
-            self._family.end(deaf=True)
+        """The watcher has not heeded: nobody waits any longer. It may be slow, or the kernel has stopped it."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            self._loop.remove_reader(watch)
+            self._family.doubt(watch)
+        self._note_exit(Exit(killed=True, overrun=self._overrun))
+        if self._link is not None:
+            self._link.close()
 
     def _order(self, order: dict[str, Any]) -> None:
         if self._watch is not None:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import resource
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -192,13 +193,22 @@ def _owners(pids: list[int], kernels: Sequence[int]) -> dict[int, int]:
 
 
 def belongings(kernel: int, kernels: Sequence[int], own: int) -> list[int]:
-    """The living processes of one of a session's kernels, as far as they can be known to be its own; not the kernel."""
+    """The processes of one of a session's kernels, as far as they can be known to be its own; not the kernel."""
     owners = _owners(_processes(own), kernels)
-    return [pid for pid, owner in owners.items() if owner == kernel and pid != kernel and not _has_ended(pid)]
+    return [pid for pid, owner in owners.items() if owner == kernel and pid != kernel]
 
 
-def _has_ended(pid: int) -> bool:
-    return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[:1] in ([], [b"Z"], [b"X"])
+def end_terminal(terminal: int, own: int) -> bool:
+    """Kill what lives in a terminal session, each as soon as it is seen; whether there was anything."""
+    found = False
+    for pid in _processes(own):
+        # state, ppid, pgrp, session: proc(5), fields 3 to 6.
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[:4]
+        if fields[3:] == [b"%d" % terminal] and fields[0] not in (b"Z", b"X"):
+            found = True
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    return found
 
 
 def weight(kernel: int) -> int:

@@ -32,7 +32,7 @@ DATAGRAM = 4096
 _CREDENTIALS = struct.Struct("=III")
 _SCM_CREDENTIALS = 2
 # How often what an ended kernel has left is looked for.
-_ROUNDS = 20
+_ROUNDS = 50
 
 
 @dataclass(eq=False)
@@ -257,11 +257,10 @@ class Watcher:
         tell(kernel.watch, {"status": status, "killed": kernel.killed, "begun": begun, "limit": kernel.limit})
         self._meter.forget(kernel.pid)
         self._forget(kernel)
-        for _ in range(_ROUNDS):
-            _kill_all(belongings)
+        _kill_all(belongings)
+        for _ in range(_ROUNDS if self._kernels else 0):
             # Who forks without end has others by now.
-            belongings = self._belongings(kernel)
-            if not belongings:
+            if not usage.end_terminal(kernel.pid, os.getpid()):
                 break
 
     def _belongings(self, kernel: Kin) -> list[int]:
