@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from actbox.copies import Copy
     from actbox.execution import Transfer
-    from actbox.forks import Copy
     from actbox.result import ExecutionResult
     from actbox.sessions import Session
 

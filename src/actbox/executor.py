@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from actbox.client import Execution, ExecutionClient
 from actbox.container import ExecutionContainer
+from actbox.copies import Copy, KernelRefused
 from actbox.dotenv import dotenv_variables
 from actbox.errors import ForkRefused, InvalidArgument
 from actbox.events import Died, Exceeded, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
 from actbox.files import ImageFolder, replace_file
-from actbox.forks import Copy, KernelRefused
 from actbox.history import History
 from actbox.kept_files import KeptFiles, keep_folder, put_back
 from actbox.logger import Logger

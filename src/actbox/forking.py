@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from actbox.copies import Copy, copy_of
 from actbox.errors import (
     ActboxError,
     CheckpointMissing,
@@ -23,7 +24,7 @@ from actbox.errors import (
     SessionBroken,
 )
 from actbox.execution import check_timeout
-from actbox.forks import ROOM_SECONDS, Checkpoints, Copy, Step, copy_of
+from actbox.forks import ROOM_SECONDS, Checkpoints, Step
 from actbox.protocol import frames
 from actbox.shielded import finish
 

@@ -12,16 +12,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from actbox.copies import KernelRefused
 from actbox.errors import LocalPathError, ProtocolError, TransferRefused
 from actbox.exchange import PIECE
-from actbox.forks import KernelRefused
 from actbox.guest.folders import BRANCHES
 from actbox.shielded import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from actbox.forks import Carried, Copy
+    from actbox.copies import Carried, Copy
     from actbox.protocol.messages import Reply
     from actbox.spec import Limits
 
