@@ -142,7 +142,7 @@ class Forking(ABC):
         branch = self.make_branch(made)
         if prepare is not None:
             try:
-                await step.within(_as_coroutine(prepare(branch, made)))
+                await step.within(lambda: prepare(branch, made))
             except BaseException as exc:
                 await finish(branch.disconnect())
                 if _is_broken(exc):
@@ -177,7 +177,7 @@ class Forking(ABC):
         files = None
         if keep is not None:
             try:
-                files = await step.within(_as_coroutine(keep(made)))
+                files = await step.within(lambda: keep(made))
             except BaseException as exc:
                 await finish(made.close())
                 if _is_broken(exc):
@@ -379,10 +379,6 @@ class Forking(ABC):
         await asyncio.wait([step.done])
         if step.done.exception() is None and isinstance(step.done.result(), Forking):
             await step.done.result().disconnect()
-
-
-async def _as_coroutine(awaited: Awaitable[T]) -> T:
-    return await awaited
 
 
 def _is_broken(exc: BaseException) -> bool:

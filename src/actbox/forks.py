@@ -24,7 +24,7 @@ from actbox.errors import (
 from actbox.shielded import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable
 
     from actbox.kept_files import KeptFiles
 
@@ -208,14 +208,14 @@ class Step:
             if not self.done.done():
                 self.done.set_result(result)
 
-    async def within(self, part: Coroutine[Any, Any, T]) -> T:
+    async def within(self, part: Callable[[], Awaitable[T]]) -> T:
         """Do a part of it that ends with the caller's time, or when nobody waits any more.
 
         Raises:
             TimeoutError: (the built-in one) the time is over.
             StateError: nobody waits; nobody will see it.
         """
-        doing = self._part = asyncio.ensure_future(part)
+        doing = self._part = asyncio.ensure_future(_do(part))
         if self._unwanted:
             doing.cancel()
         try:
@@ -246,3 +246,8 @@ class Step:
             self.done.set_exception(exc)
             # Nobody may be waiting any more.
             self.done.exception()
+
+
+async def _do(part: Callable[[], Awaitable[T]]) -> T:
+    # Called here: what is cancelled before it has begun must not leave a coroutine that nobody awaits.
+    return await part()
