@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from branches import DEAF, SLEEP, begun, value
+from branches import COUNT, DEAF, SLEEP, begun, prints, value
 from docker_tools import until
 from test_lifetime import mentioning
 
@@ -190,3 +190,20 @@ async def test_where_the_watcher_is_stopped_nobody_of_the_family_goes_on(
                 await branch.execute(f"import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)\n{DEAF}", timeout=0.5)
             assert await until(lambda: session.ended)
             assert (await client.execute("print(7)")).restarted
+
+
+@pytest.mark.engines("bubblewrap")
+async def test_nothing_of_a_fork_bomb_goes_on_after_its_branch(engine: str) -> None:
+    async with (
+        ExecutionContainer(engine=engine, preload=(), limits=Limits(pids=200), show_pull_progress=False) as own,
+        ExecutionClient(own.port, interrupt_grace=0.3) as client,
+    ):
+        before = await value(client, COUNT)
+        # What is forked between a look and a kill is a matter of chance.
+        for _ in range(4):
+            async with await client.fork() as branch:
+                with contextlib.suppress(ExecutionError, *ENDINGS):
+                    await branch.execute(
+                        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", timeout=0.5
+                    )
+            assert await until(lambda: prints(client, COUNT, before))

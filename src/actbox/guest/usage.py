@@ -23,6 +23,8 @@ _SHORTEST, _LONGEST = 0.25, 2.0
 _TRIFLE = 256
 # Descriptors that one look asks about, so that their number does not hold up the rest.
 _MOST_FDS = 4096
+# How often what is to be stopped is looked for before it is killed.
+_ROUNDS = 20
 
 
 @dataclass
@@ -199,16 +201,29 @@ def belongings(kernel: int, kernels: Sequence[int], own: int) -> list[int]:
 
 
 def end_terminal(terminal: int, own: int) -> bool:
-    """Kill what lives in a terminal session, each as soon as it is seen; whether there was anything."""
-    found = False
-    for pid in _processes(own):
-        # state, ppid, pgrp, session: proc(5), fields 3 to 6.
-        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[:4]
-        if fields[3:] == [b"%d" % terminal] and fields[0] not in (b"Z", b"X"):
-            found = True
+    """Kill what lives in a terminal session; whether there was anything.
+
+    All of it is stopped first: who forks without end would otherwise fill each place that a kill makes free.
+    """
+    found: set[int] = set()
+    for _ in range(_ROUNDS):
+        running = [pid for pid in _processes(own) if _lives_in(pid, terminal)]
+        if not running:
+            break
+        found.update(running)
+        for pid in running:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    return found
+                os.kill(pid, signal.SIGSTOP)
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return bool(found)
+
+
+def _lives_in(pid: int, terminal: int) -> bool:
+    # state, ppid, pgrp, session: proc(5), fields 3 to 6.
+    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[:4]
+    return fields[3:] == [b"%d" % terminal] and fields[0] not in (b"Z", b"X", b"T")
 
 
 def weight(kernel: int) -> int:

@@ -31,8 +31,8 @@ DATAGRAM = 4096
 # struct ucred, unix(7): pid, uid, gid.
 _CREDENTIALS = struct.Struct("=III")
 _SCM_CREDENTIALS = 2
-# How often what an ended kernel has left is looked for.
-_ROUNDS = 50
+# After so many looks that find nothing of an ended kernel there is nothing: who forks without end slips through one.
+_CLEAN_LOOKS = 3
 
 
 @dataclass(eq=False)
@@ -58,7 +58,8 @@ class Watcher:
         children: becomes readable when a child ends.
         meter: what the session uses.
 
-    State: `_kernels`, those that live or are expected, by the numbers of their slots; when to look at what they use.
+    State: `_kernels`, those that live or are expected, by the numbers of their slots; `_leftovers`, how often the
+    terminal sessions of ended ones are looked at yet; when to look at what they use.
     """
 
     def __init__(self, memory: mmap.mmap, handover: socket.socket, children: int, meter: usage.Meter) -> None:
@@ -67,6 +68,7 @@ class Watcher:
         self._children = children
         self._meter = meter
         self._kernels: dict[int, Kin] = {}
+        self._leftovers: dict[int, int] = {}
         self._poller = select.poll()
         self._poller.register(handover, select.POLLIN)
         self._poller.register(children, select.POLLIN)
@@ -257,11 +259,22 @@ class Watcher:
         tell(kernel.watch, {"status": status, "killed": kernel.killed, "begun": begun, "limit": kernel.limit})
         self._meter.forget(kernel.pid)
         self._forget(kernel)
+        self._leftovers[kernel.pid] = _CLEAN_LOOKS
+        if self._kernels:
+            self._end_leftovers()
         _kill_all(belongings)
-        for _ in range(_ROUNDS if self._kernels else 0):
-            # Who forks without end has others by now.
-            if not usage.end_terminal(kernel.pid, os.getpid()):
-                break
+
+    def _end_leftovers(self) -> None:
+        """Kill what ended kernels have left in their terminal sessions."""
+        for terminal in list(self._leftovers):
+            if terminal in self._pids():
+                del self._leftovers[terminal]  # the number is another's by now
+            elif usage.end_terminal(terminal, os.getpid()):
+                self._leftovers[terminal] = _CLEAN_LOOKS
+            else:
+                self._leftovers[terminal] -= 1
+                if not self._leftovers[terminal]:
+                    del self._leftovers[terminal]
 
     def _belongings(self, kernel: Kin) -> list[int]:
         others = [pid for pid in self._pids() if pid != kernel.pid]
@@ -283,6 +296,7 @@ class Watcher:
         self._deadline = monotonic() + self._meter.pause / 1000
 
     def _look(self) -> None:
+        self._end_leftovers()
         pids = self._pids()
         over = self._meter.look(pids)
         if over is None:
