@@ -40,20 +40,31 @@ settings.load_profile("actbox")
 pytest_plugins = ["branches", "case_table", "commands"]
 
 _numbers = itertools.count(1)
-# What is in these is what a kernel and its stream do. Neither the folders that root shows by mounts of its own, nor the
-# groups that it bounds sessions by, have a part in that; where they have (files, forks, skills), a module is not here.
+# What a kernel and its stream do, and what needs no kernel: alike for root and for any user.
 ALIKE = frozenset(
     {
-        *("test_kernel", "test_executions", "test_gateway", "test_variables", "test_functions", "test_mcp"),
-        *("test_mcp_hostile", "test_reattach", "test_libraries"),
+        *("test_kernel", "test_executions", "test_gateway", "test_variables", "test_functions", "test_libraries"),
+        *("test_mcp", "test_mcp_hostile", "test_reattach", "test_carrying", "test_named_forks", "test_lying_kernel"),
+        *("test_archives", "test_dialogue", "test_frames", "test_fuzz_frames", "test_result", "test_schemas"),
+        *("test_for_model", "test_values", "test_notebook", "test_terminal", "test_profile", "test_imports"),
+        *("test_egress_policy", "test_egress_proxy", "test_bench", "test_rounds", "test_soak", "test_cases"),
+    }
+)
+# Here folders have a part, which root shows by mounts of its own, or groups, which root may make. Where that is the
+# affair of Docker's engine other modules look: for a second user these run on the other engine alone.
+ALIKE_ON_DOCKER = frozenset(
+    {
+        *("test_saving", "test_skills", "test_examples", "test_example_reattach", "test_readme", "test_cli"),
+        *("test_cli_machine", "test_cli_repl", "test_forks", "test_checkpoints", "test_hostile_branches"),
+        *("test_transfer", "test_network", "test_races", "test_environments", "test_docker_images"),
     }
 )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--alike-on=ENGINE`, for a second pass as another user, who need not try all again."""
-    told = "tests that are alike for every user run on this engine alone (none: on none); all others on every engine"
-    parser.addoption("--alike-on", metavar="ENGINE", default=None, help=told)
+    """`--again`, for a second pass as another user, who need not try all again."""
+    told = "leave out what is alike for every user: a second pass, after one as another user"
+    parser.addoption("--again", action="store_true", help=told)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,23 +76,26 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # pytest has its own order of what shares a fixture
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is about one engine where the engine is another; run what counts before what is shared exists."""
-    left_out: list[pytest.Item] = []
-    alike_on: str | None = config.getoption("--alike-on")
+    left_out: set[pytest.Item] = set()
     for item in items:
-        if alike_on is not None and item.path.stem in ALIKE and isinstance(item, pytest.Function):
-            params = item.callspec.params if hasattr(item, "callspec") else {}
-            if params.get("engine", alike_on) != alike_on:
-                left_out.append(item)
-                continue
+        if config.getoption("--again") and _is_alike(item):
+            left_out.add(item)
+            continue
         mark = item.get_closest_marker("engines")
         if mark is not None:
             assert isinstance(item, pytest.Function)
             assert hasattr(item, "callspec"), f"{item.nodeid} needs the fixture 'engine' for its mark"
             if item.callspec.params["engine"] not in mark.args:
-                left_out.append(item)
+                left_out.add(item)
     items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: item.get_closest_marker("counting") is None)
-    config.hook.pytest_deselected(items=left_out)
+    config.hook.pytest_deselected(items=list(left_out))
+
+
+def _is_alike(item: pytest.Item) -> bool:
+    """Whether the test has nothing to tell of another user."""
+    on_docker = "docker" in item.name and item.path.stem in ALIKE_ON_DOCKER
+    return on_docker or item.path.stem in ALIKE
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
