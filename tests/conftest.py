@@ -56,7 +56,7 @@ ALIKE_ON_DOCKER = frozenset(
     {
         *("test_saving", "test_skills", "test_examples", "test_example_reattach", "test_readme", "test_cli"),
         *("test_cli_machine", "test_cli_repl", "test_forks", "test_checkpoints", "test_hostile_branches"),
-        *("test_transfer", "test_network", "test_races", "test_environments", "test_docker_images"),
+        *("test_transfer", "test_network", "test_races", "test_environments"),
     }
 )
 
