@@ -40,7 +40,7 @@ settings.load_profile("actbox")
 pytest_plugins = ["branches", "case_table", "commands"]
 
 _numbers = itertools.count(1)
-# What a kernel and its stream do, and what needs no kernel: alike for root and for any user.
+# What a kernel and its stream do, what needs no kernel, and what the command says: alike for root and for any user.
 ALIKE = frozenset(
     {
         *("test_kernel", "test_executions", "test_gateway", "test_variables", "test_functions", "test_libraries"),
@@ -48,15 +48,16 @@ ALIKE = frozenset(
         *("test_archives", "test_dialogue", "test_frames", "test_fuzz_frames", "test_result", "test_schemas"),
         *("test_for_model", "test_values", "test_notebook", "test_terminal", "test_profile", "test_imports"),
         *("test_egress_policy", "test_egress_proxy", "test_bench", "test_rounds", "test_soak", "test_cases"),
+        *("test_cli", "test_cli_machine", "test_cli_repl", "test_readme", "test_logger", "test_dotenv"),
     }
 )
 # Here folders have a part, which root shows by mounts of its own, or groups, which root may make. Where that is the
 # affair of Docker's engine other modules look: for a second user these run on the other engine alone.
 ALIKE_ON_DOCKER = frozenset(
     {
-        *("test_saving", "test_skills", "test_examples", "test_example_reattach", "test_readme", "test_cli"),
-        *("test_cli_machine", "test_cli_repl", "test_forks", "test_checkpoints", "test_hostile_branches"),
-        *("test_transfer", "test_network", "test_races", "test_environments"),
+        *("test_saving", "test_skills", "test_examples", "test_example_reattach", "test_environments"),
+        *("test_forks", "test_checkpoints", "test_hostile_branches", "test_transfer", "test_network", "test_races"),
+        *("test_unavailable", "test_landlock"),
     }
 )
 

@@ -165,7 +165,11 @@ async def test_the_watcher_is_the_parent_of_every_kernel(container: CodeExecutio
             "my worker",
         ),
         (
-            "import _thread, time\ndef wait():\n    while True: time.sleep(0.01)\n_thread.start_new_thread(wait, ())",
+            (
+                "import _thread, time\nbegun = []\n"
+                "def wait():\n    begun.append(1)\n    while True: time.sleep(0.01)\n"
+                "_thread.start_new_thread(wait, ())\nwhile not begun: time.sleep(0.01)"
+            ),
             "the thread [0-9]+, which has no name",
         ),
         ("import subprocess\nchild = subprocess.Popen(['sleep', '99'])", "subprocess [0-9]+ \\(sleep\\)"),
