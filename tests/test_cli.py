@@ -196,10 +196,10 @@ def test_a_sandbox_that_cannot_be_built_is_8(cli: Cli, engine: str) -> None:
 @pytest.mark.engines("bubblewrap")
 def test_a_lower_limit_of_the_hosts_is_kept(workspace_path: Path, environ: dict[str, str]) -> None:
     limited = (
-        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NPROC, (200, 200)); "
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)); "
         "os.execv(sys.executable, [sys.executable, '-m', 'actbox', *sys.argv[1:]])"
     )
-    code = "import resource; print(resource.getrlimit(resource.RLIMIT_NPROC))"
+    code = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
     done = subprocess.run(
         [sys.executable, "-c", limited, "run", "--workspace", str(workspace_path), "-c", code],
         env=environ,

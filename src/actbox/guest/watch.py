@@ -197,6 +197,9 @@ class Watcher:
 
     def _hear(self, kernel: Kin) -> None:
         """A kernel that was expected says that it is there; the end of its socket, that it will not come."""
+        if kernel.pid:
+            # Heard of already, when something else was asked; one look at the sockets may tell of both.
+            return
         data, ancillary = b"", []
         try:
             data, ancillary, _, _ = kernel.kin.recvmsg(64, socket.CMSG_SPACE(_CREDENTIALS.size), socket.MSG_DONTWAIT)
