@@ -62,6 +62,10 @@ ALIKE_ON_DOCKER = frozenset(
 )
 
 
+# The gateway knows nothing of engines: these try it with both, the others with one.
+ABOUT_THE_PORT = frozenset({"test_gateway", "test_reattach", "test_limits"})
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--again`, for a second pass as another user, who need not try all again."""
     told = "leave out what is alike for every user: a second pass, after one as another user"
@@ -80,6 +84,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out: set[pytest.Item] = set()
     for item in items:
         if config.getoption("--again") and _is_alike(item):
+            left_out.add(item)
+            continue
+        if "docker-by the port" in item.name and item.path.stem not in ABOUT_THE_PORT:
             left_out.add(item)
             continue
         mark = item.get_closest_marker("engines")

@@ -246,6 +246,9 @@ class Watcher:
             # It is killed as soon as it is there, if it comes at all.
             return
         belongings = self._belongings(kernel)
+        if belongings:
+            # Together, before any of them has made room for another.
+            usage.end_terminal(kernel.pid, os.getpid())
         with contextlib.suppress(ProcessLookupError):
             os.kill(kernel.pid, signal.SIGKILL)
         _kill_all(belongings)
