@@ -57,7 +57,7 @@ ALIKE_ON_DOCKER = frozenset(
     {
         *("test_saving", "test_skills", "test_examples", "test_example_reattach", "test_environments"),
         *("test_forks", "test_checkpoints", "test_hostile_branches", "test_transfer", "test_network", "test_races"),
-        *("test_unavailable", "test_landlock"),
+        *("test_unavailable", "test_landlock", "test_limits", "test_lifetime"),
     }
 )
 
