@@ -362,7 +362,7 @@ async def built() -> str:
         if await images.look(found, tag) is None:
             command = [sys.executable, "-m", "actbox", "build", "-t", tag, "--engine", "docker", "--base", base]
             done = await asyncio.to_thread(
-                subprocess.run, [*command, *requirements()], capture_output=True, check=False, timeout=150
+                subprocess.run, [*command, *requirements()], capture_output=True, check=False, timeout=450
             )
             assert done.returncode == 0, done.stderr
     return tag
@@ -377,7 +377,7 @@ async def stocked(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Asyn
         yield made
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("use", LIBRARIES, ids=lambda use: use.__name__)
 async def test_libraries_work(stocked: CodeExecutionContainer, key: str, use: Callable[[], bool], engine: str) -> None:
     """H11: those that bring machine code, threads, processes and memory of their own."""
