@@ -6,11 +6,13 @@ import os
 import socket
 from typing import Any, cast
 
+import pytest
+
 from actbox.guest import interrupts
 from actbox.guest.watch import Watcher
 
 
-def test_a_kernel_that_was_heard_of_by_another_order_is_not_taken_for_gone() -> None:
+def test_a_kernel_that_was_heard_of_by_another_order_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One look at the sockets finds the new kernel's word and an order; the order has its word read first."""
     memory = interrupts.make_slots()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -20,6 +22,8 @@ def test_a_kernel_that_was_heard_of_by_another_order_is_not_taken_for_gone() -> 
     with host, theirs, handover, _supervisor:
         watcher = Watcher(memory, handover, children, cast("Any", None))
         watcher.add(1, watch, ours)
+        # A watcher is older than its kernels, and has a lower number; here numbers may have begun anew.
+        monkeypatch.setattr(os, "getpid", lambda: 1)
         kernel = os.fork()
         if not kernel:
             theirs.send(b"here")
