@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any, cast
-
-import pytest
+from typing import TYPE_CHECKING, Any, cast
 
 from actbox.guest import interrupts
 from actbox.guest.watch import Watcher
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def test_a_kernel_that_was_heard_of_by_another_order_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
