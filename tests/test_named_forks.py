@@ -12,7 +12,9 @@ from actbox import (
     AttachedClient,
     CheckpointMissing,
     CodeExecutionContainer,
+    ConnectionError,
     DriveRefused,
+    ExecutionClient,
     ExecutionTimeout,
     ForkRefused,
     InvalidArgument,
@@ -20,6 +22,7 @@ from actbox import (
     SessionGone,
     StateError,
 )
+from actbox.keeping import Keeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -179,3 +182,14 @@ async def test_cut_at_any_byte_a_change_is_done_once(container: CodeExecutionCon
                 relay.cut("", 0)
             # A fork that was made twice would have been refused, for its name is taken.
             assert len(container.kept_sessions) == len(points) + 1
+
+
+async def test_a_container_that_was_closed_adopts_no_fork() -> None:
+    def make(_key: str | None, _recover: bool) -> ExecutionClient:  # noqa: FBT001 - a `Keeper`'s
+        raise AssertionError
+
+    keeper = Keeper(make)
+    keeper.check_new("other")
+    await keeper.close()
+    with pytest.raises(ConnectionError, match="closed"):
+        keeper.check_new("other")

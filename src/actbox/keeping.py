@@ -93,8 +93,11 @@ class Keeper:
             raise StateError(f"{_MAX_SESSIONS} sessions are kept already: end some")
 
     def check_new(self, name: str) -> None:
-        """Raises `InvalidArgument` or `StateError` if there can be no new session of this name."""
+        """Raises `InvalidArgument`, `StateError` or `ConnectionError` if there can be no new session of this name."""
         check_name("name", name)
+        if self._closed:
+            # A fork that was under way when the container was closed must not be kept by nobody.
+            raise ConnectionError("the container is closed")
         if name in self._sessions:
             raise InvalidArgument("name", name, "there is a session of this name: choose another, or end that")
         self._check_room()
