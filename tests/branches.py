@@ -26,12 +26,12 @@ async def client(
 ) -> AsyncIterator[ExecutionClient]:
     """A session among others, and one in a sandbox of its own."""
     if request.param == "shared":
-        async with ExecutionClient(container.port, interrupt_grace=0.3) as made:
+        async with ExecutionClient(container.port, interrupt_grace=1) as made:
             yield made
         return
     async with (
         ExecutionContainer(engine=engine, preload=(), separate=True, show_pull_progress=False) as own,
-        ExecutionClient(own.port, interrupt_grace=0.3) as made,
+        ExecutionClient(own.port, interrupt_grace=1) as made,
     ):
         yield made
 
@@ -39,7 +39,7 @@ async def client(
 @pytest.fixture
 async def worker(container: CodeExecutionContainer, key: str) -> AsyncIterator[CodeExecutor]:
     """An executor with some files: a module, a folder, and a link."""
-    async with CodeExecutor(key, container.workspace, container.port, interrupt_grace=0.3) as made:
+    async with CodeExecutor(key, container.workspace, container.port, interrupt_grace=1) as made:
         await made.execute(
             "import os\nopen('skill.py', 'w').write('value = 1')\nos.makedirs('below/deep')\n"
             "open('below/deep/file', 'w').write('one')\nos.symlink('skill.py', 'link')\nos.mkfifo('pipe')\n"

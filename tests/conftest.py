@@ -49,21 +49,21 @@ ALIKE = frozenset(
         *("test_for_model", "test_values", "test_notebook", "test_terminal", "test_profile", "test_imports"),
         *("test_egress_policy", "test_egress_proxy", "test_bench", "test_rounds", "test_soak", "test_cases"),
         *("test_cli", "test_cli_machine", "test_cli_repl", "test_readme", "test_logger", "test_dotenv"),
+        *("test_examples", "test_example_reattach", "test_hostile_branches", "test_seccomp", "test_docker_images"),
     }
 )
 # Here folders have a part, which root shows by mounts of its own, or groups, which root may make. Where that is the
 # affair of Docker's engine other modules look: for a second user these run on the other engine alone.
 ALIKE_ON_DOCKER = frozenset(
     {
-        *("test_saving", "test_skills", "test_examples", "test_example_reattach", "test_environments"),
-        *("test_forks", "test_checkpoints", "test_hostile_branches", "test_transfer", "test_network", "test_races"),
-        *("test_unavailable", "test_landlock", "test_limits", "test_lifetime"),
+        *("test_saving", "test_skills", "test_environments", "test_forks", "test_checkpoints", "test_transfer"),
+        *("test_network", "test_races", "test_unavailable", "test_landlock", "test_limits", "test_lifetime"),
     }
 )
 
 
-# The gateway knows nothing of engines: these try it with both, the others with one.
-ABOUT_THE_PORT = frozenset({"test_gateway", "test_reattach", "test_limits"})
+# The gateway knows nothing of engines and users: these try it with both engines, the others with one.
+ABOUT_THE_PORT = frozenset({"test_gateway", "test_reattach"})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -75,6 +75,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks of this suite."""
     config.addinivalue_line("markers", "engines(name, ...): the test is about these engines, and runs on no other")
+    config.addinivalue_line("markers", "root: only root can try it, in a second pass too")
     config.addinivalue_line("markers", "counting: the test counts all that this process has, and runs early")
 
 
@@ -102,8 +103,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_alike(item: pytest.Item) -> bool:
     """Whether the test has nothing to tell of another user."""
+    if item.get_closest_marker("root") is not None:
+        return False
     on_docker = "docker" in item.name and item.path.stem in ALIKE_ON_DOCKER
-    return on_docker or item.path.stem in ALIKE
+    return on_docker or "by the port" in item.name or item.path.stem in ALIKE
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -173,7 +176,7 @@ async def executor(container: CodeExecutionContainer, key: str) -> AsyncIterator
 @pytest.fixture
 def grace() -> float:
     """Seconds that a `client` gives an interrupted cell."""
-    return 0.3
+    return 1.0
 
 
 @pytest.fixture(params=["here", "by the port"])

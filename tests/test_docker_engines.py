@@ -103,7 +103,7 @@ async def test_fifty_megabytes_come_over_tcp_whole(container: ExecutionContainer
 
 
 async def test_cells_are_interrupted_and_killed_over_tcp(container: ExecutionContainer) -> None:
-    async with ExecutionClient(port=container.port, interrupt_grace=0.3) as client:
+    async with ExecutionClient(port=container.port, interrupt_grace=1) as client:
         await client.execute("x = 1")
         cell = await begun(client, "print('on'); import time; time.sleep(999)")
         await cell.interrupt()

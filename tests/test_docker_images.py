@@ -142,6 +142,7 @@ async def test_a_pull_that_is_cancelled_ends(registry: Registry, outside: Outsid
     gc.collect()
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("fault", ["cut", "corrupt"])
 async def test_a_pull_that_breaks_is_told(
     fault: str, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

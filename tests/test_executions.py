@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 SECONDS = 10.0
-GRACE = 0.3
+GRACE = 1.0
 MIB = 1 << 20
 SLEEP = "import time; print('asleep', flush=True); time.sleep(60)"
 UNTIL_GO = "import pathlib, time\nprint('begun')\nwhile not pathlib.Path('go').exists(): time.sleep(0.005)"

@@ -311,7 +311,7 @@ async def test_a_deaf_branch_is_killed_and_its_children_with_it(container: CodeE
         "import os, signal, subprocess, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "child = subprocess.Popen(['sleep', '876'])\nprint(child.pid)\nwhile True: time.sleep(9)"
     )
-    async with ExecutionClient(container.port, interrupt_grace=0.3) as client, await client.fork() as branch:
+    async with ExecutionClient(container.port, interrupt_grace=1) as client, await client.fork() as branch:
         with pytest.raises(ExecutionTimeout) as late:
             await branch.execute(deaf, timeout=0.5)
         assert not late.value.state_kept

@@ -70,12 +70,6 @@ async def echo(value: Any) -> Any:
     return value
 
 
-@pytest.fixture
-def grace() -> float:
-    """Seconds: an interrupt is heeded here however busy the machine is."""
-    return 1.0
-
-
 @contextlib.contextmanager
 def released() -> Generator[threading.Event]:
     """An event that threads wait for; they do not outlive the block."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 SECONDS = 10.0
-GRACE = 0.3
+GRACE = 1.0
 SLEEP = "import time; print('asleep', flush=True); time.sleep(60)"
 FLOOD = "while True: print('x' * 1000)"
 
@@ -44,8 +44,8 @@ import asyncio, json, sys
 from actbox import CodeExecutor, ExecutionClient, Workspace
 
 async def main(port, token, key, workspace, cells):
-    made = ExecutionClient(port, token=token, interrupt_grace=0.3) if key is None else (
-        CodeExecutor(key, Workspace(workspace), port, token=token, interrupt_grace=0.3))
+    made = ExecutionClient(port, token=token, interrupt_grace=1) if key is None else (
+        CodeExecutor(key, Workspace(workspace), port, token=token, interrupt_grace=1))
     async with made as client:
         for code, timeout in cells:
             execution = await client.submit(code)

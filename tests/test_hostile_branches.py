@@ -192,15 +192,14 @@ async def test_where_the_watcher_is_stopped_nobody_of_the_family_goes_on(
             assert (await client.execute("print(7)")).restarted
 
 
-@pytest.mark.engines("bubblewrap")
 async def test_nothing_of_a_fork_bomb_goes_on_after_its_branch(engine: str) -> None:
     async with (
-        ExecutionContainer(engine=engine, preload=(), limits=Limits(pids=200), show_pull_progress=False) as own,
+        ExecutionContainer(engine=engine, preload=(), limits=Limits(pids=100), show_pull_progress=False) as own,
         ExecutionClient(own.port, interrupt_grace=0.3) as client,
     ):
         before = await value(client, COUNT)
         # What is forked between a look and a kill is a matter of chance.
-        for _ in range(4):
+        for _ in range(2):
             async with await client.fork() as branch:
                 with contextlib.suppress(ExecutionError, *ENDINGS):
                     await branch.execute(

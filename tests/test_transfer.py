@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-GRACE = 0.3
+GRACE = 1.0
 MIB = 1 << 20
 UNTIL_GO = "import pathlib, time\nprint('begun')\nwhile not pathlib.Path('go').exists(): time.sleep(0.005)"
 

@@ -473,7 +473,7 @@ async def separate(
 @pytest.fixture
 async def alone(separate: CodeExecutionContainer, key: str) -> AsyncIterator[CodeExecutor]:
     """A session in a sandbox of its own."""
-    async with CodeExecutor(key, separate.workspace, separate.port, interrupt_grace=0.3) as executor:
+    async with CodeExecutor(key, separate.workspace, separate.port, interrupt_grace=1) as executor:
         yield executor
 
 
@@ -732,7 +732,7 @@ async def exposed(
     change_guest(*attempts.WITHOUT_LANDLOCK)
     async with (
         CodeExecutionContainer(workspace_path=workspace_path, engine=engine, preload=(), separate=True) as container,
-        CodeExecutor("one", container.workspace, container.port, interrupt_grace=0.3) as executor,
+        CodeExecutor("one", container.workspace, container.port, interrupt_grace=1) as executor,
     ):
         yield executor
 

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ _SHORTEST, _LONGEST = 0.25, 2.0
 _TRIFLE = 256
 # Descriptors that one look asks about, so that their number does not hold up the rest.
 _MOST_FDS = 4096
+# To weigh a process waits for its memory's lock, which one that forks without end hardly ever lets go: so much of it in
+# one look, and the rest in those that follow at once.
+_WEIGHING_SECONDS = 0.02
 # How often what is to be stopped is looked for before it is killed.
 _ROUNDS = 20
 
@@ -49,7 +53,8 @@ class Meter:
 
     State: `_pause` until the next look, in seconds; the processor time at the last look, and from where it counts, None
     before the first cell; that of each process, and the sum of what they were seen to use; the bytes in deleted files
-    that were told of. Of a session of several kernels: `_used`, the ticks of each, and `_bases`, those at the
+    that were told of; `_unweighed`, the processes whose memory is still to be weighed, and `_weighed`, the bytes of the
+    others. Of a session of several kernels: `_used`, the ticks of each, and `_bases`, those at the
     beginning of its cell.
     """
 
@@ -66,6 +71,8 @@ class Meter:
         self._times: dict[int, int] = {}
         self._seen = 0
         self._told = 0
+        self._unweighed: list[int] = []
+        self._weighed = 0
         self._several = False
         self._used: dict[int, int] = {}
         self._bases: dict[int, int] = {}
@@ -73,7 +80,7 @@ class Meter:
     @property
     def pause(self) -> int:
         """Milliseconds until the next look."""
-        return int(1000 * self._pause)
+        return 0 if self._unweighed else int(1000 * self._pause)
 
     def begin_cell(self, kernels: Sequence[int] = (), kernel: int = 0) -> None:
         """The host has sent a cell to one of the kernels: processor time counts from here."""
@@ -89,13 +96,7 @@ class Meter:
         busy = seconds - self._last > 1.5 / _TICKS
         self._pause = _SHORTEST if busy else min(2 * self._pause, _LONGEST)
         self._last = seconds
-        memory = _resident(pids)
-        if memory > self._memory:
-            # Pages that several processes share were counted for each of them; this takes longer.
-            memory = sum(map(_proportional, pids))
-            if memory > self._memory:
-                return Overrun("memory", memory)
-        over = self._look_at_time(seconds)
+        over = self._look_at_memory(pids) or self._look_at_time(seconds)
         if over is not None:
             return over
         deleted = _in_deleted_files(pids, self._device)
@@ -104,6 +105,18 @@ class Meter:
             self._told = deleted
             return Overrun("disk", deleted)
         return None
+
+    def _look_at_memory(self, pids: list[int]) -> Overrun | None:
+        if not self._unweighed and _resident(pids) > self._memory:
+            # Pages that several processes share were counted for each of them; this takes longer.
+            self._unweighed, self._weighed = pids[::-1], 0
+        enough = monotonic() + _WEIGHING_SECONDS
+        while self._unweighed and monotonic() < enough:
+            self._weighed += _proportional(self._unweighed.pop())
+        if self._unweighed or self._weighed <= self._memory:
+            return None
+        weighed, self._weighed = self._weighed, 0
+        return Overrun("memory", weighed)
 
     def _look_at_time(self, seconds: float) -> Overrun | None:
         # Who goes on after this is told of again.
