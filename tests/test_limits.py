@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -33,6 +34,8 @@ from actbox.sessions import read_overrun
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
+
+    from actbox.cgroups import Group
 
 pytestmark = pytest.mark.anyio
 
@@ -261,6 +264,28 @@ async def test_with_a_control_group_the_system_bounds_memory_too(
         assert TIGHT.memory < error.use < TIGHT.memory + 200 * MIB
         if not error.state_kept:
             assert await is_fresh(executor)
+
+
+@pytest.mark.engines("bubblewrap")
+async def test_with_a_control_group_the_system_may_take_the_watcher_too(
+    grouped: CodeExecutionContainer, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E3: where nobody is left to say how the kernel ended, the group knows that it was for memory."""
+    async with enter_as(key, grouped) as executor:
+        await executor.execute("import time", timeout=SECONDS)
+        session: Any = executor._session
+        group: Group = session._family.group
+        watcher, *others = (group._memory / "cgroup.procs").read_text("ascii").split()
+        assert others
+        cell = await executor.submit("print('begun'); time.sleep(60)")
+        async for _ in cell.events(SECONDS):
+            break
+        monkeypatch.setattr(group, "memory_kills", lambda: 2)
+        os.kill(int(watcher), signal.SIGKILL)
+        with pytest.raises(LimitExceeded) as caught:
+            await cell.result(SECONDS)
+        assert (caught.value.limit, caught.value.state_kept) == ("memory", False)
+        assert (await executor.execute("1", timeout=SECONDS)).restarted
 
 
 @pytest.mark.engines("bubblewrap")

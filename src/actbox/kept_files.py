@@ -87,7 +87,7 @@ async def keep_folder(copy: Copy, path: str) -> KeptFiles:
     Raises:
         TransferRefused: the folder cannot be packed, or is more than `Limits.disk` and `Limits.files` allow.
         LocalPathError: it cannot be kept here.
-        LimitExceeded, ProtocolError, OSError, FrameError: as `forks.ask`.
+        LimitExceeded, ProtocolError, OSError, FrameError: as `copies.ask`.
     """
     made = KeptFiles(_most(copy.session.limits))
     try:

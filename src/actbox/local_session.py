@@ -330,7 +330,10 @@ class LocalSession:
 
     def _note_exit(self, exit_: Exit) -> None:
         group = self._family.group
-        if _was_killed(exit_) and exit_.overrun is None and group and group.memory_kills() > self._memory_kills:
+        # The system takes the watcher too, if what it has killed for memory is slow to go.
+        unknown = exit_.status is None and not exit_.killed and not exit_.gone
+        sudden = (_was_killed(exit_) or unknown) and exit_.overrun is None
+        if sudden and group and group.memory_kills() > self._memory_kills:
             exit_ = replace(exit_, overrun=Overrun("memory", self.limits.memory, group.peak()))
         # A kernel may kill itself; that the machine killed something for memory meanwhile tells the other case.
         if _was_killed(exit_) and exit_.overrun is None and oom_kills() > self._oom_kills:
