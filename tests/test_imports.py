@@ -41,7 +41,7 @@ FLOORS: tuple[set[str], ...] = (
     {"endings", "forking", "functions", "gateway", "rejoining"},
     {"calls", "carrying", "desk", "forks", "local_session"},
     {"kept_files"},
-    {"copies", "dialogue", "notebook", "saving", "variables"},
+    {"copies", "dialogue", "notebook", "records", "saving", "variables"},
     {"exchange", "history", "sessions", "transfer"},
     {"lines"},
     {"execution", "journal"},

@@ -16,13 +16,12 @@ from actbox.container import ExecutionContainer
 from actbox.copies import Copy, KernelRefused
 from actbox.dotenv import dotenv_variables
 from actbox.errors import ForkRefused, InvalidArgument
-from actbox.events import Died, Exceeded, Failed, Finished, Interrupted, Lost, Outcome, TimedOut
 from actbox.files import ImageFolder, replace_file
 from actbox.history import History
 from actbox.kept_files import KeptFiles, keep_folder, put_back
 from actbox.logger import Logger
 from actbox.notebook import make_notebook, notebook_bytes
-from actbox.outputs import strip_ansi
+from actbox.records import entry
 from actbox.skills import find_skills, skill_sources
 from actbox.spec import DEFAULT_TAG, MIB, Bind, bind_target, check_key
 from actbox.work_folder import WorkFolder
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
     from actbox.checkpoint import Checkpoint
     from actbox.egress import Record
+    from actbox.forks import Step
     from actbox.network import Network
     from actbox.saving import SessionState
     from actbox.skills import Skill, SkillFolder
@@ -49,7 +49,6 @@ __all__ = [
 
 SHARED = "skills/shared"
 PRIVATE = "skills/private"
-_LOGGED_CHARACTERS = 10_000
 
 
 class CodeExecutionContainer(ExecutionContainer):
@@ -209,7 +208,12 @@ class CodeExecutor(ExecutionClient):
             if files == "copy":
                 await branch._move_into_copy(made)
 
-        return await self.in_turn(timeout, lambda step: self._fork(step, force=force, prepare=prepare))
+        async def fork(step: Step) -> Self:
+            branch = await self._fork(step, force=force, prepare=prepare)
+            await self._note("session forked", branch=branch.key, files=files)
+            return branch
+
+        return await self.in_turn(timeout, fork)
 
     async def _move_into_copy(self, made: Copy) -> None:
         name = secrets.token_hex(8)
@@ -261,9 +265,12 @@ class CodeExecutor(ExecutionClient):
         async def keep(made: Copy) -> KeptFiles:
             return await keep_folder(made, self._folder.inside)
 
-        return await self.in_turn(
-            timeout, lambda step: self._park(step, name, force=force, keep=keep if files else None)
-        )
+        async def park(step: Step) -> Checkpoint:
+            checkpoint = await self._park(step, name, force=force, keep=keep if files else None)
+            await self._note("checkpoint kept", checkpoint=name, cell=checkpoint.cell, files=files)
+            return checkpoint
+
+        return await self.in_turn(timeout, park)
 
     async def rollback(self, name: str, *, timeout: float = 120) -> Checkpoint:
         """Go back to a checkpoint; see `ExecutionClient.rollback`, whose errors these are too.
@@ -286,9 +293,11 @@ class CodeExecutor(ExecutionClient):
         )
         return state
 
-    def note_rollback(self, checkpoint: Checkpoint) -> None:
+    async def note_rollback(self, checkpoint: Checkpoint) -> None:
         """See `ExecutionClient.note_rollback`."""
         self._history.mark(f"Here the session went back to its state after cell {checkpoint.cell}.")
+        words = f"session rolled back to its state after cell {checkpoint.cell}"
+        await self._note(words, checkpoint=checkpoint.name, cell=checkpoint.cell, files=checkpoint.files)
 
     async def restore_files(self, made: Copy, files: KeptFiles) -> None:
         """See `ExecutionClient.restore_files`."""
@@ -383,28 +392,13 @@ class CodeExecutor(ExecutionClient):
 
     async def note_end(self, execution: Execution) -> None:
         """See `ExecutionClient.note_end`."""
-        if self._logger is None or execution.outcome is None:
-            return
-        result = execution.so_far()
-        metadata: dict[str, Any] = {
-            "key": self._key,
-            **_subject(execution),
-            "outcome": type(execution.outcome).__name__,
-            "seconds": round(result.duration, 4),
-        }
-        if isinstance(execution.outcome, Failed):
-            error = execution.outcome.error
-            metadata["error"] = strip_ansi(error.traceback)[-_LOGGED_CHARACTERS:] or f"{error.name}: {error.value}"
-        if result.text:
-            metadata["text"] = result.text[:_LOGGED_CHARACTERS]
-        if result.images:
-            metadata["images"] = [str(image.path) for image in result.images]
-        if result.restarted:
-            metadata["restarted"] = True
-        if result.rolled_back_to is not None:
-            metadata["rolled_back_to"] = result.rolled_back_to
-        what = "cell" if execution.transfer is None else "transfer"
-        await self._logger.log(describe(execution.outcome, what), metadata)
+        if execution.outcome is not None:
+            message, facts = entry(execution, execution.outcome)
+            await self._note(message, **facts)
+
+    async def _note(self, message: str, **facts: Any) -> None:
+        if self._logger is not None:
+            await self._logger.log(message, {"key": self._key, **facts})
 
 
 @dataclass
@@ -487,29 +481,3 @@ async def _logging_egress(container: CodeExecutionContainer, logger: Logger) -> 
     finally:
         if writing:
             await asyncio.wait(writing)
-
-
-def _subject(execution: Execution) -> dict[str, Any]:
-    """What an execution was about, for logs."""
-    if execution.transfer is None:
-        return {"code": execution.code}
-    return {name: value for name, value in execution.transfer.request.items() if name != "id"}
-
-
-def describe(outcome: Outcome, what: str = "cell") -> str:
-    """An outcome in a few words, for logs."""
-    match outcome:
-        case Finished(count):
-            return f"{what} {count} finished" if what == "cell" else f"{what} finished"
-        case Failed(error, count):
-            return f"{what} {count} failed: {error.name}" if what == "cell" else f"{what} failed"
-        case Interrupted(state_kept):
-            return f"{what} interrupted, state {'kept' if state_kept else 'lost'}"
-        case Exceeded(overrun, state_kept):
-            return f"cell went over the limit {overrun.limit}, state {'kept' if state_kept else 'lost'}"
-        case TimedOut(timeout, state_kept):
-            return f"{what} timed out after {timeout:g} s, state {'kept' if state_kept else 'lost'}"
-        case Died():
-            return "kernel died, state lost"
-        case Lost():
-            return "container lost"

@@ -103,7 +103,7 @@ class Forking(ABC):
         """Where a fresh kernel works; None if it has no folder of its own on the host."""
         return None
 
-    def note_rollback(self, checkpoint: Checkpoint) -> None:  # noqa: B027 - most note nothing
+    async def note_rollback(self, checkpoint: Checkpoint) -> None:  # noqa: B027 - most note nothing
         """Called when the session has gone back to a checkpoint."""
 
     async def restore_files(self, made: Copy, files: KeptFiles) -> None:  # noqa: B027 - most keep none
@@ -222,7 +222,7 @@ class Forking(ABC):
                 raise
         await self._replace_session(made)
         self._went_back = None
-        self.note_rollback(parked.checkpoint)
+        await self.note_rollback(parked.checkpoint)
         if self._recovers:
             # What was kept since is what nobody wants any more.
             await self.keep_good()
