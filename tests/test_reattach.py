@@ -37,6 +37,7 @@ from actbox import (
     StateError,
     StillRunning,
     desk,
+    dialogue,
     named,
 )
 from actbox.events import Finished, KernelRestarted, Lost, Stream
@@ -44,6 +45,9 @@ from actbox.journal import Journal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+    from actbox.lines import Standing
+    from actbox.protocol.frames import Frame
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("no_named_sessions")]
 
@@ -560,6 +564,34 @@ async def test_a_client_that_has_gone_silent_drives_no_longer(
         assert await raw.receive() is None
         async with AttachedClient(container.port, "raw") as client:
             assert (await client.execute("1")).text == "1"
+
+
+@pytest.mark.parametrize("failures", [1, 1_000_000])
+async def test_an_answer_that_fails_on_the_containers_side_keeps_nobody_waiting(
+    container: CodeExecutionContainer, session_name: str, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    left = failures
+    frame_of = dialogue.standings_frame
+
+    def failing(standings: list[Standing]) -> Frame:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise RuntimeError("a mistake of ours")
+        return frame_of(standings)
+
+    monkeypatch.setattr(dialogue, "standings_frame", failing)
+    async with AttachedClient(
+        container.port, session_name, host=BY_THE_PORT, token=container.token, patience=0.5
+    ) as client:
+        assert (await client.execute("print(1)")).text == "1"
+        async with asyncio.timeout(BOUND):
+            if failures > 1:
+                with pytest.raises(ConnectionError):
+                    await client.executions()
+            else:
+                assert len(await client.executions()) == 1
+        assert (await client.execute("print(2)")).text == "2"
 
 
 async def test_who_was_cut_off_and_relieved_meanwhile_may_go_on_watching(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from actbox.dialogue import Request
     from actbox.lines import Line
     from actbox.link import Link
+
+logger = logging.getLogger(__name__)
 
 # A client gives a sign of life every ten seconds or so; one that does not is gone, though its connection is not.
 IDLE_SECONDS = 90.0
@@ -61,7 +64,15 @@ def _begin(
         raise ProtocolError("a client that asks for too much at once")
     task = asyncio.create_task(_answer(link, line, request, speaking))
     answering[request.number] = task
-    task.add_done_callback(lambda _: answering.pop(request.number, None))
+
+    def note_end(task: asyncio.Task[None]) -> None:
+        answering.pop(request.number, None)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            # An answer that will not come must keep nobody waiting: without its connection the client asks again.
+            logger.error("a request of an attached client failed", exc_info=exc)
+            link.close()
+
+    task.add_done_callback(note_end)
 
 
 async def _answer(link: Link, line: Line, request: Request, speaking: asyncio.Lock) -> None:
