@@ -50,14 +50,15 @@ ALIKE = frozenset(
         *("test_egress_policy", "test_egress_proxy", "test_bench", "test_rounds", "test_soak", "test_cases"),
         *("test_cli", "test_cli_machine", "test_cli_repl", "test_readme", "test_logger", "test_dotenv"),
         *("test_examples", "test_example_reattach", "test_hostile_branches", "test_seccomp", "test_docker_images"),
+        *("test_docker_engines", "test_limits", "test_meter", "test_disk_watch", "test_forks", "test_records"),
     }
 )
 # Here folders have a part, which root shows by mounts of its own, or groups, which root may make. Where that is the
 # affair of Docker's engine other modules look: for a second user these run on the other engine alone.
 ALIKE_ON_DOCKER = frozenset(
     {
-        *("test_saving", "test_skills", "test_environments", "test_forks", "test_checkpoints", "test_transfer"),
-        *("test_network", "test_races", "test_unavailable", "test_landlock", "test_limits", "test_lifetime"),
+        *("test_saving", "test_skills", "test_environments", "test_checkpoints", "test_transfer"),
+        *("test_network", "test_races", "test_unavailable", "test_landlock", "test_lifetime"),
     }
 )
 

@@ -209,6 +209,7 @@ async def test_a_link_that_is_cut_for_good_takes_the_container_with_it(outside: 
         assert time.monotonic() - before < BOUND
 
 
+@pytest.mark.root
 async def test_roots_folders_are_refused_where_no_mount_can_be_seen(relay: Relay, tmp_path: Path) -> None:
     if not tools.IS_ROOT:
         pytest.skip("an ordinary user's containers have that user's folders")
@@ -352,6 +353,7 @@ def podman(outside: Outside, slim: None, tmp_path_factory: pytest.TempPathFactor
             subprocess.run(clean, env=environ, cwd="/", capture_output=True, timeout=60, check=False)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("way", ["nested", "separate", "stream"])
 async def test_podman_runs_sessions_end_to_end(
     way: str, podman: Outside, workspace_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -399,6 +401,7 @@ async def test_podman_runs_sessions_end_to_end(
     assert tools.mounts() == tools.folders() == []
 
 
+@pytest.mark.root
 @pytest.mark.usefixtures("podman")
 async def test_a_cell_whose_podman_container_is_killed_is_lost(
     podman: Outside, monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,7 @@ from actbox import (
     InvalidArgument,
     LimitExceeded,
     Limits,
+    usage,
 )
 from actbox.cli import ExitCode, main
 from actbox.events import Overrun
@@ -250,6 +251,7 @@ GROUPED = {
 }
 
 
+@pytest.mark.root
 @pytest.mark.engines("bubblewrap")
 @pytest.mark.parametrize("way", GROUPED)
 async def test_with_a_control_group_the_system_bounds_memory_too(
@@ -266,6 +268,7 @@ async def test_with_a_control_group_the_system_bounds_memory_too(
             assert await is_fresh(executor)
 
 
+@pytest.mark.root
 @pytest.mark.engines("bubblewrap")
 async def test_with_a_control_group_the_system_may_take_the_watcher_too(
     grouped: CodeExecutionContainer, key: str, monkeypatch: pytest.MonkeyPatch
@@ -288,6 +291,7 @@ async def test_with_a_control_group_the_system_may_take_the_watcher_too(
         assert (await executor.execute("1", timeout=SECONDS)).restarted
 
 
+@pytest.mark.root
 @pytest.mark.engines("bubblewrap")
 @pytest.mark.parametrize("start", ["thread", "child", "daemon"])
 async def test_with_a_control_group_memory_taken_between_two_cells_ends_the_session_too(
@@ -561,6 +565,28 @@ async def test_a_session_outlives_a_cell_that_was_ended_for_its_disk(
             await executor.execute("time.sleep(0.5)", timeout=SECONDS)
         assert not await is_fresh(executor)
         await executor.execute("for name in os.listdir(): os.remove(name)", timeout=SECONDS)
+
+
+async def test_a_look_at_the_disk_that_fails_is_not_the_last_one(
+    tight: CodeExecutionContainer, key: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = 2
+    look = usage.DiskWatch._look
+
+    def failing(watch: usage.DiskWatch) -> Overrun | None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise RuntimeError("can't start new thread")
+        return look(watch)
+
+    monkeypatch.setattr(usage.DiskWatch, "_look", failing)
+    async with enter_as(key, tight, grace=10) as executor:
+        await prepare(executor)
+        # What is there at the first look that succeeds is not this session's.
+        await until(lambda: left < -1)
+        assert (await exceed(executor, "fill(200); rest()")).limit == "disk"
+    assert "could not be looked at" in caplog.text
 
 
 async def test_unreadable_and_deep_and_looping_folders_do_not_stop_the_watch(

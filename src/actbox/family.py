@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from typing import TYPE_CHECKING
 
 from actbox.errors import ForkRefused
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
             """A limit was passed that all of them share."""
             ...
 
+
+logger = logging.getLogger(__name__)
 
 # As many as the watcher inside has room for (`guest/interrupts.py`).
 _SLOTS = 512
@@ -110,10 +113,14 @@ class Family:
     async def _look_after(self) -> None:
         """Look at what the watcher inside does not see: the private folder, and whom the system has killed."""
         while True:
-            overrun = await self.disk.look() if self.disk is not None else None
-            if overrun is not None:
-                self._tell(overrun)
-            self._tell_kills()
+            try:
+                overrun = await self.disk.look() if self.disk is not None else None
+                if overrun is not None:
+                    self._tell(overrun)
+                self._tell_kills()
+            except Exception:
+                # No thread to be had, or whatever else: a session is not left without a bound for that.
+                logger.exception("what a session uses could not be looked at, and will be again")
             await asyncio.sleep(self.disk.pause if self.disk is not None else _LOOK_SECONDS)
 
     def kills(self) -> Overrun | None:
