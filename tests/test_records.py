@@ -50,7 +50,8 @@ def words(outcome: Outcome, transfer: object = None) -> tuple[str, dict[str, Any
         ),
         (Died(signal=9), "kernel died, state lost", None),
         (Died(signal=9, rolled_back_to=2), "kernel died, back to the state after cell 2", 2),
-        (Lost("gone"), "container lost", None),
+        (Lost("the container is gone"), "cell lost: the container is gone", None),
+        (Lost("the client was disconnected"), "cell lost: the client was disconnected", None),
     ],
 )
 def test_an_entry_says_how_it_ended_and_what_state_there_is(outcome: Outcome, told: str, back: int | None) -> None:

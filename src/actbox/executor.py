@@ -392,7 +392,7 @@ class CodeExecutor(ExecutionClient):
 
     async def note_end(self, execution: Execution) -> None:
         """See `ExecutionClient.note_end`."""
-        if execution.outcome is not None:
+        if self._logger is not None and execution.outcome is not None:
             message, facts = entry(execution, execution.outcome)
             await self._note(message, **facts)
 

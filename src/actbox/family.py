@@ -112,6 +112,7 @@ class Family:
 
     async def _look_after(self) -> None:
         """Look at what the watcher inside does not see: the private folder, and whom the system has killed."""
+        failed = False
         while True:
             try:
                 overrun = await self.disk.look() if self.disk is not None else None
@@ -120,7 +121,9 @@ class Family:
                 self._tell_kills()
             except Exception:
                 # No thread to be had, or whatever else: a session is not left without a bound for that.
-                logger.exception("what a session uses could not be looked at, and will be again")
+                if not failed:
+                    logger.exception("what a session uses could not be looked at, and will be again")
+                failed = True
             await asyncio.sleep(self.disk.pause if self.disk is not None else _LOOK_SECONDS)
 
     def kills(self) -> Overrun | None:

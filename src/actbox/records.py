@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from actbox.execution import Execution
 
 _MAX_CHARACTERS = 10_000
+_MAX_REASON = 300
 
 
 def entry(execution: Execution, outcome: Outcome) -> tuple[str, dict[str, Any]]:
@@ -62,8 +63,8 @@ def _words(outcome: Outcome, what: str) -> str:
             return f"{what} timed out after {timeout:g} s, {_fate(outcome)}"
         case Died():
             return f"kernel died, {_fate(outcome)}"
-        case Lost():
-            return "container lost"
+        case Lost(reason):
+            return f"{what} lost: {reason[:_MAX_REASON]}"
 
 
 def _fate(outcome: Ended) -> str:
